@@ -1,0 +1,7 @@
+"""Tree-structured attention (TAM) for image classifiers: a timm model zoo that folds to plain backbones."""
+
+from tamzoo import registry as registry  # registers every model with timm
+from tamzoo.attention import CBAM, SE, TAM
+
+__version__ = "0.1.0"
+__all__ = ["CBAM", "SE", "TAM"]

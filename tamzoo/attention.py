@@ -1,0 +1,86 @@
+"""The paper's three attention modules: each maps (n, c, h, w) to the same shape."""
+
+from functools import partial
+
+import torch
+from timm.layers import SEModule
+from timm.layers.cbam import CbamModule
+from torch import Tensor, nn
+
+UNMEASURED = (0.5, 0.0, 1.0)  # mean, minimum, maximum: what is known of a sigmoid before anyone looked
+
+
+class TAM(nn.Module):
+    """Tree-structured Attention Module (paper, section 2, Eq. 1-2).
+
+    A tree of 1x1 group convolutions, each looking at `group_size` neighbouring channels, with
+    channel-wise PReLUs between them, reduces c channels to one; its sigmoid scales every channel.
+    Where the channel count stops being divisible by the group size, one dense 1x1 convolution
+    finishes the tree.
+
+    The buffer `measured_gate` holds mean, minimum and maximum of the gate as last measured by
+    `tamzoo.measure_gates`; it travels with the state dict, and a forward pass in training mode resets it.
+
+    Args:
+        channels: c >= 1.
+        group_size: g >= 2, the number of channels that one node of the tree sees.
+    Raises:
+        ValueError: channels < 1, group_size < 2, or either is not an integer.
+    """
+
+    measured_gate: Tensor
+
+    def __init__(self, channels: int, group_size: int = 2, *, device=None, dtype=None) -> None:
+        super().__init__()
+        _check_integer("channels", channels, least=1)
+        _check_integer("group_size", group_size, least=2)
+        self.channels, self.group_size = channels, group_size
+        made = {"device": device, "dtype": dtype}
+        layers: list[nn.Module] = []
+        width = channels
+        while width > 1 and width % group_size == 0:
+            width //= group_size
+            layers.append(nn.Conv2d(width * group_size, width, 1, groups=width, **made))
+            if width > 1:
+                layers.append(nn.PReLU(width, init=0.0, **made))
+        if width > 1 or not layers:
+            layers.append(nn.Conv2d(width, 1, 1, **made))
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        self.tree = nn.Sequential(*layers)
+        self.register_buffer("measured_gate", torch.tensor(UNMEASURED, **made))
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The gate Z of Eq. 2: (n, c, h, w) -> (n, 1, h, w), in (0, 1)."""
+        return torch.sigmoid(self.tree(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:  # the weights, or the statistics before them, are about to move
+            self.forget_gate()
+        return x * self.gate(x)
+
+    def forget_gate(self) -> None:
+        """Marks the gate as not measured."""
+        self.measured_gate.copy_(self.measured_gate.new_tensor(UNMEASURED))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # weights that know nothing of gates load strictly, and leave the gate unmeasured
+        state_dict.setdefault(f"{prefix}measured_gate", self.measured_gate.new_tensor(UNMEASURED))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, group_size={self.group_size}"
+
+
+def _check_integer(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+# SE and CBAM are timm's, in the paper's configuration: reduction 16; SE's two linear layers without
+# bias, CBAM's with; CBAM's 7x7 spatial convolution without bias, followed by a BatchNorm.
+SE = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1, bias=False)
+CBAM = partial(CbamModule, rd_ratio=1 / 16, rd_divisor=1, mlp_bias=True)
+
+ATTENTIONS = {"plain": None, "se": SE, "cbam": CBAM, "tam": TAM}

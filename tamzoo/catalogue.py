@@ -1,0 +1,320 @@
+"""The published facts: data sets, backbones, and Tables 1 and 2 of the paper, row by row.
+
+Paper: Tree-structured Attention Module for Image Classification (OpenReview r1xBoxBYDH). Its
+errors are of the best test epoch; ours, in the records, are of the last.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from tamzoo.class_names import CIFAR10, CIFAR100
+from tamzoo.recipes import RECIPES
+
+HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", "tamzoo")
+ATTENTION_NAMES = ("plain", "se", "cbam", "tam")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A tag: what the images and the classes are, and how they are normalised."""
+
+    tag: str
+    title: str
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    input_size: tuple[int, int, int]  # c h w
+    stem: str  # "3x3" (stride 1, no max-pool) or "7x7" (stride 2, max-pool)
+    mean: tuple[float, ...]  # of the training set, pixels in [0, 1]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    hub_id: str = ""  # of the data set
+    hub_revision: str = ""
+    label_column: str = ""
+    image_column: str = ""
+
+    def __post_init__(self) -> None:
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{self.tag}: {self.num_classes} classes, but {len(self.class_names)} names")
+
+
+# The order is the order in which a bare model name looks for weights.
+DATASETS = {
+    row.tag: row
+    for row in (
+        Dataset(
+            tag="cifar100",
+            title="CIFAR-100",
+            num_classes=100,
+            class_names=CIFAR100,
+            input_size=(3, 32, 32),
+            stem="3x3",
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            hub_id="uoft-cs/cifar100",
+            image_column="img",
+            label_column="fine_label",
+        ),
+        Dataset(
+            tag="cifar10",
+            title="CIFAR-10",
+            num_classes=10,
+            class_names=CIFAR10,
+            input_size=(3, 32, 32),
+            stem="3x3",
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            hub_id="uoft-cs/cifar10",
+            image_column="img",
+            label_column="label",
+        ),
+        Dataset(
+            tag="svhn",
+            title="SVHN",
+            num_classes=10,
+            class_names=tuple("0123456789"),
+            input_size=(3, 32, 32),
+            stem="3x3",
+            mean=(0.0, 0.0, 0.0),  # section 3.3: only scaled to [0, 1]
+            std=(1.0, 1.0, 1.0),
+            hub_id="ufldl-stanford/svhn",
+            image_column="image",
+            label_column="label",
+        ),
+        Dataset(
+            tag="untrained_in1k",
+            title="ImageNet-1k (architecture only)",
+            num_classes=1000,
+            class_names=None,
+            input_size=(3, 224, 224),
+            stem="7x7",
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            crop_pct=0.875,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """An architecture without its attention."""
+
+    name: str
+    title: str
+    block: str  # "basic", "bottleneck" (post-activation) or "preact" (pre-activation basic)
+    layers: tuple[int, ...]  # blocks a stage
+    channels: tuple[int, ...]  # planes a stage; a bottleneck block puts out four times as many
+    stem_width: int = 64
+    cardinality: int = 1
+    base_width: int = 64  # width of a bottleneck's 3x3 convolution per group, at 64 planes
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.channels):
+            raise ValueError(f"{self.name}: {len(self.layers)} stages of blocks, {len(self.channels)} widths")
+
+
+RESNET_CHANNELS = (64, 128, 256, 512)
+CIFAR_RESNET_CHANNELS = (16, 32, 64)
+
+
+def _wide(depth: int, factor: int) -> Backbone:
+    """WRN-depth-factor (Zagoruyko & Komodakis, 2016): three stages of (depth - 4) / 6 blocks."""
+    return Backbone(
+        name=f"wrn{depth}_{factor}",
+        title=f"WRN-{depth}-{factor}",
+        block="preact",
+        layers=((depth - 4) // 6,) * 3,
+        channels=(16 * factor, 32 * factor, 64 * factor),
+        stem_width=16,
+    )
+
+
+BACKBONES = {
+    row.name: row
+    for row in (
+        Backbone(
+            name="resnet18", title="ResNet-18", block="basic", layers=(2, 2, 2, 2), channels=RESNET_CHANNELS
+        ),
+        Backbone(
+            name="resnet34", title="ResNet-34", block="basic", layers=(3, 4, 6, 3), channels=RESNET_CHANNELS
+        ),
+        Backbone(
+            name="resnet50",
+            title="ResNet-50",
+            block="bottleneck",
+            layers=(3, 4, 6, 3),
+            channels=RESNET_CHANNELS,
+        ),
+        Backbone(
+            name="resnet101",
+            title="ResNet-101",
+            block="bottleneck",
+            layers=(3, 4, 23, 3),
+            channels=RESNET_CHANNELS,
+        ),
+        Backbone(
+            name="resnet152",
+            title="ResNet-152",
+            block="bottleneck",
+            layers=(3, 8, 36, 3),
+            channels=RESNET_CHANNELS,
+        ),
+        Backbone(
+            name="resnext50_32x4d",
+            title="ResNeXt-50 (32x4d)",
+            block="bottleneck",
+            layers=(3, 4, 6, 3),
+            channels=RESNET_CHANNELS,
+            cardinality=32,
+            base_width=4,
+        ),
+        Backbone(
+            name="resnext29_8x64d",
+            title="ResNeXt-29 (8x64d)",
+            block="bottleneck",
+            layers=(3, 3, 3),
+            channels=RESNET_CHANNELS[:3],
+            cardinality=8,
+        ),
+        _wide(16, 8),
+        _wide(28, 10),
+        _wide(10, 4),
+        Backbone(
+            name="resnet20",
+            title="ResNet-20 (CIFAR)",
+            block="basic",
+            layers=(3, 3, 3),
+            channels=CIFAR_RESNET_CHANNELS,
+            stem_width=16,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperCell:
+    """What a table of the paper says of one entry."""
+
+    table: int
+    top1_error: float  # percent, best test epoch
+    top5_error: float | None = None  # percent
+    params_m: float | None = None  # millions
+    flops_g: float | None = None  # multiply-accumulates in units of 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Weights that exist: what ties the catalogue to one file."""
+
+    sha256: str  # of model.safetensors
+    recipe: str
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES or len(self.sha256) != 64:
+            raise ValueError(f"expected a recipe of {', '.join(RECIPES)} and a sha256, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row of the zoo: a backbone with an attention on a data set."""
+
+    backbone: Backbone
+    attention: str
+    dataset: Dataset
+    paper: PaperCell | None = None
+    trained: Trained | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTION_NAMES:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION_NAMES)}, got {self.attention!r}")
+
+    @property
+    def model(self) -> str:
+        """timm's architecture name."""
+        return f"{self.backbone.name}_{self.attention}"
+
+    @property
+    def name(self) -> str:
+        """timm's full name, `architecture.tag`."""
+        return f"{self.model}.{self.dataset.tag}"
+
+    @property
+    def hub_id(self) -> str:
+        """The Hub repository; TAMZOO_HUB_OWNER sets the owner."""
+        return f"{HUB_OWNER}/{self.name}"
+
+
+# backbone -> for plain, SE, CBAM, TAM: CIFAR-10 top-1; CIFAR-100 top-1, top-5; M parameters (100 classes);
+# G FLOPs where the table gives them
+_TABLE_1 = {
+    "resnet18": (
+        (5.32, 24.97, 7.34, 11.22, 0.52),
+        (5.31, 24.46, 7.16, 11.31, None),
+        (5.28, 24.87, 7.58, 11.31, None),
+        (4.94, 24.35, 6.84, 11.22, None),
+    ),
+    "resnet50": (
+        (5.07, 24.84, 7.11, 23.71, 1.22),
+        (5.172, 23.68, 6.37, 26.22, None),
+        (4.80, 23.67, 6.24, 26.24, None),
+        (4.60, 22.42, 5.94, 24.01, None),
+    ),
+    "resnet101": (
+        (4.76, 23.17, 5.94, 42.70, 2.35),
+        (4.93, 21.87, 5.53, 47.44, 2.36),
+        (4.86, 23.20, 6.11, 47.48, None),
+        (4.54, 21.90, 5.75, 43.34, None),
+    ),
+    "resnext50_32x4d": (
+        (5.39, 23.21, 6.29, 23.18, 1.26),
+        (4.40, 22.62, 5.70, 25.69, 1.27),
+        (4.45, 22.08, 5.76, 25.71, None),
+        (4.37, 21.97, 5.64, 23.48, None),
+    ),
+    "wrn16_8": (
+        (4.94, 22.81, 6.18, 11.01, 1.44),
+        (4.92, 22.70, 6.05, 11.10, 1.45),
+        (4.97, 23.07, 6.15, 11.10, None),
+        (4.92, 22.62, 6.11, 11.05, None),
+    ),
+}
+# backbone -> for plain, SE, TAM: SVHN top-1; M parameters (10 classes)
+_TABLE_2 = {
+    "resnet18": ((5.94, 11.18), (4.51, 11.26), (4.29, 11.21)),
+    "resnet34": ((4.18, 21.28), (4.52, 21.44), (4.11, 21.36)),
+    "resnet50": ((4.46, 23.52), (4.71, 26.04), (3.94, 23.82)),
+    "wrn16_8": ((4.28, 10.96), (3.63, 11.05), (3.71, 11.00)),
+}
+# ours, beyond the tables: small enough to train on a CPU
+_OURS = (("wrn10_4", "tam", "cifar10"), ("resnet20", "tam", "cifar10"))
+
+_TRAINED: dict[str, Trained] = {}
+
+
+def _rows() -> Iterator[tuple[str, str, str, PaperCell | None]]:
+    for backbone, cells in _TABLE_1.items():
+        for attention, (c10, c100, c100_top5, params, flops) in zip(ATTENTION_NAMES, cells, strict=True):
+            yield backbone, attention, "cifar10", PaperCell(table=1, top1_error=c10)
+            cell = PaperCell(table=1, top1_error=c100, top5_error=c100_top5, params_m=params, flops_g=flops)
+            yield backbone, attention, "cifar100", cell
+    for backbone, cells in _TABLE_2.items():
+        for attention, (top1, params) in zip(("plain", "se", "tam"), cells, strict=True):
+            yield backbone, attention, "svhn", PaperCell(table=2, top1_error=top1, params_m=params)
+    for backbone, attention, tag in _OURS:
+        yield backbone, attention, tag, None
+
+
+def _entry(backbone: str, attention: str, tag: str, paper: PaperCell | None) -> Entry:
+    return Entry(
+        backbone=BACKBONES[backbone],
+        attention=attention,
+        dataset=DATASETS[tag],
+        paper=paper,
+        trained=_TRAINED.get(f"{backbone}_{attention}.{tag}"),
+    )
+
+
+ENTRIES = {entry.name: entry for entry in (_entry(*row) for row in _rows())}

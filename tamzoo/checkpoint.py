@@ -1,0 +1,139 @@
+"""Weights and records on disk: safetensors with a JSON sidecar, hashed, written whole or not at all."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name only when the block succeeds.
+
+    The content is synced before the renaming; on any failure nothing is left behind.
+
+    Raises:
+        OSError: the folder cannot be written; says which.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file at once or not at all."""
+    with whole_file(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_weights_file(path: Path, sha256: str | None = None) -> None:
+    """Sees that a file holds safetensors before anything is built from it. Nothing is ever unpickled.
+
+    Args:
+        sha256: What the file's hash must be; not compared where None.
+    Raises:
+        ValueError: missing, a pickle, truncated, or another file than the catalogue's.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected a safetensors file, found {'a folder' if path.is_dir() else 'nothing'}"
+        )
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise ValueError(
+                f"{path}: expected safetensors, got a pickle (.pth/.bin), which can run code when loaded; "
+                "convert it with safetensors.torch.save_file in an environment you trust"
+            ) from error
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); fetch or write it again"
+        ) from error
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise ValueError(
+            f"{path}: its SHA-256 is {sha256_of(path)[:12]}..., "
+            f"the catalogue says {sha256[:12]}...; fetch it again"
+        )
+
+
+def check_fit(weights: dict[str, Tensor], model: nn.Module, name: str) -> None:
+    """Sees that weights are of this architecture; a head or stem of another size may still be adapted.
+
+    Raises:
+        ValueError: keys are missing or left over, or shapes differ; names the first of each.
+    """
+    expected = {key: value.shape for key, value in model.state_dict().items() if "measured_gate" not in key}
+    found = {key: value.shape for key, value in weights.items() if "measured_gate" not in key}
+    adaptable = {"conv1.weight", "fc.weight", "fc.bias"}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys() - adaptable),
+        "unexpected": sorted(found.keys() - expected.keys() - adaptable),
+        "of another shape": sorted(
+            key for key in expected.keys() & found.keys() - adaptable if expected[key] != found[key]
+        ),
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems.items() if keys)
+        raise ValueError(f"these weights are not of {name}: {told}")
+
+
+def load_weights(model: nn.Module, path: Path, name: str) -> None:
+    """Loads a safetensors file into a model of exactly its shapes.
+
+    Args:
+        name: What the model is called in a message.
+    Raises:
+        ValueError: not safetensors, or of another architecture or class count.
+    """
+    check_weights_file(path)
+    weights = load_file(path)
+    check_fit(weights, model, name)
+    for key in ("conv1.weight", "fc.weight", "fc.bias"):
+        expected, found = model.state_dict()[key].shape, weights[key].shape if key in weights else None
+        if found != expected:
+            raise ValueError(f"these weights are not of {name}: {key} is {found}, expected {tuple(expected)}")
+    model.load_state_dict(weights)
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> str:
+    """Writes weights as float16 safetensors and returns the file's SHA-256.
+
+    BatchNorm's counters stay integers; measured gates stay float32, since folding multiplies by them.
+    """
+    stored = {
+        key: value.half() if value.is_floating_point() and "measured_gate" not in key else value
+        for key, value in ((key, value.detach().cpu().contiguous()) for key, value in state.items())
+    }
+    bad = [
+        key for key, value in stored.items() if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+    if bad:
+        raise ValueError(f"{bad[0]} is not finite in float16; these weights are not stored")
+    write_whole(path, save(stored, metadata={"format": "pt"}))
+    return sha256_of(path)

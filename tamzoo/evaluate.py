@@ -1,0 +1,57 @@
+"""A model on a test split: errors, loss and calibration."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tamzoo.catalogue import Dataset
+from tamzoo.data import Split, batches, normalise
+from tamzoo.progress import Progress, silent
+from tamzoo.records import Score
+
+
+@torch.inference_mode()
+def logits_of(
+    model: nn.Module, split: Split, dataset: Dataset, batch_size: int, progress: Progress = silent
+) -> Tensor:
+    """Logits of every image in order, float32 (n, classes).
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("evaluation needs a model in eval mode; call model.eval() first")
+    steps: Iterator[tuple[Tensor, Tensor]] = iter(progress(list(batches(split, batch_size)), "Evaluating"))
+    return torch.cat(
+        [
+            model(normalise(pixels, dataset).contiguous(memory_format=torch.channels_last)).float()
+            for pixels, _ in steps
+        ]
+    )
+
+
+def score_of(logits: Tensor, labels: Tensor, dataset: Dataset, note: str = "") -> Score:
+    """Errors in percent, cross-entropy in nats, and calibration error over 15 equal bins in percent."""
+    n = len(labels)
+    top5 = logits.topk(5, dim=1).indices == labels.unsqueeze(1)  # (n, 5), best first
+    confidence, _ = logits.softmax(dim=1).max(dim=1)
+    bins = (confidence * 15).ceil().long().clamp(1, 15) - 1
+    gap = torch.zeros(15, device=logits.device).index_add_(0, bins, confidence - top5[:, 0].float())
+    return Score(
+        dataset=dataset.tag,
+        n=n,
+        top1_error=100 - 100 * top5[:, 0].sum().item() / n,
+        top5_error=100 - 100 * top5.sum().item() / n,
+        loss=cross_entropy(logits, labels).item(),
+        calibration_error=100 * gap.abs().sum().item() / n,
+        data_note=note,
+    )
+
+
+def evaluate(
+    model: nn.Module, split: Split, dataset: Dataset, batch_size: int = 256, progress: Progress = silent
+) -> Score:
+    """Score of a model on a split."""
+    return score_of(logits_of(model, split, dataset, batch_size, progress), split.labels, dataset, split.note)

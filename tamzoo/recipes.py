@@ -1,0 +1,88 @@
+"""How entries are trained, as data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one entry is trained: SGD with momentum on augmented 32x32 images.
+
+    The learning rate is piecewise linear in the training step between `lr_points`, pairs of
+    (fraction of the training, multiple of `lr`); equal fractions make a drop.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int  # images a step, over all devices
+    lr: float  # the multiple 1.0 of lr_points
+    lr_points: tuple[tuple[float, float], ...]
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4  # on every parameter, PReLU slopes included
+    label_smoothing: float = 0.0
+    crop_padding: int = 4  # pixels of zeros around the image before the random crop
+    flip: bool = True
+    cutout: int = 0  # side of the zeroed square, pixels; 0 for none
+
+    def __post_init__(self) -> None:
+        fractions = [fraction for fraction, _ in self.lr_points]
+        if fractions != sorted(fractions) or (fractions[0], fractions[-1]) != (0.0, 1.0):
+            raise ValueError(f"lr_points must rise from fraction 0.0 to 1.0, got {fractions}")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"epochs and batch_size must be positive, got {self.epochs} and {self.batch_size}"
+            )
+
+    def lr_at(self, fraction: float) -> float:
+        """Learning rate at a fraction of the training in [0, 1); at a drop, the value after it."""
+        before, after = self.lr_points[0], self.lr_points[-1]
+        for point in self.lr_points:
+            if point[0] <= fraction:
+                before = point
+            else:
+                after = point
+                break
+        span = after[0] - before[0]
+        weight = (fraction - before[0]) / span if span else 0.0
+        return self.lr * (before[1] + weight * (after[1] - before[1]))
+
+
+def _drops(epochs: int, *at: int) -> tuple[tuple[float, float], ...]:
+    """lr_points of a learning rate that is multiplied by 0.1 at the beginning of each epoch in `at`."""
+    points, multiple = [(0.0, 1.0)], 1.0
+    for epoch in at:
+        points.append((epoch / epochs, multiple))
+        multiple *= 0.1
+        points.append((epoch / epochs, multiple))
+    return (*points, (1.0, multiple))
+
+
+PAPER = Recipe(
+    name="paper",  # sections 3.2
+    epochs=300,
+    batch_size=128,
+    lr=0.1,
+    lr_points=_drops(300, 150, 225),
+)
+PAPER_SVHN = Recipe(
+    name="paper-svhn",  # section 3.3
+    epochs=160,
+    batch_size=128,
+    lr=0.1,
+    lr_points=_drops(160, 80, 120),
+    crop_padding=0,
+    flip=False,
+)
+SHORT = Recipe(
+    name="short",
+    epochs=30,
+    batch_size=128,
+    lr=0.2,
+    lr_points=((0.0, 0.1), (0.2, 1.0), (1.0, 0.0)),
+    nesterov=True,
+    weight_decay=5e-4,
+    label_smoothing=0.1,
+    cutout=8,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (PAPER, PAPER_SVHN, SHORT)}

@@ -1,0 +1,85 @@
+"""What was measured, to and from JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Errors of one weights file on one test split, in percent."""
+
+    dataset: str
+    n: int
+    top1_error: float
+    top5_error: float
+    loss: float  # mean cross-entropy, nats
+    calibration_error: float  # expected calibration error, 15 equal bins, percent
+    data_note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateStats:
+    """One gate over a set of images: every position of every image counts as one value."""
+
+    name: str  # of the module
+    block: int  # 1, 2, ... from the stem to the head
+    stage: int  # 1, 2, ...
+    n: int  # images
+    mean: float
+    std: float
+    min: float
+    max: float
+    # bounds that hold for any input whose channels stay in the ranges seen on these images
+    bound_min: float
+    bound_max: float
+
+    @property
+    def width(self) -> float:
+        """Largest minus smallest value seen."""
+        return self.max - self.min
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One training run: what is needed to judge it and to repeat it."""
+
+    entry: str
+    data: str
+    data_note: str
+    n_train: int
+    seed: int
+    recipe: dict[str, Any]
+    epochs: int
+    selection: str
+    precision: str
+    hardware: str
+    seconds: float  # wall time of training, evaluation left out
+    commit: str
+    versions: dict[str, str]
+    sha256: str  # of the weights file that `score` and `gates` were measured on
+    score: Score
+    gates: list[GateStats] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """Raises ValueError where the text is not a record."""
+        try:
+            found = json.loads(text)
+            found["score"] = Score(**found["score"])
+            found["gates"] = [GateStats(**gate) for gate in found["gates"]]
+            return cls(**found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a training record: {error}") from error
+
+
+def read_record(path: Path) -> Record:
+    """Raises ValueError naming the file where it holds no record."""
+    try:
+        return Record.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a training record (JSON), got {error}") from error

@@ -1,0 +1,152 @@
+"""Catalogue rows as timm models: `{backbone}_{attention}.{tag}`, registered on import."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from tamzoo.attention import ATTENTIONS
+from tamzoo.backbones import BasicBlock, Bottleneck, ResNet, WideResNet
+from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, Backbone, Dataset
+from tamzoo.checkpoint import check_fit, check_weights_file
+
+PAPER_TITLE = "Tree-structured Attention Module for Image Classification"
+_PACKAGE = Path(__file__).parent
+CARDS = next(
+    (path for path in (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards") if path.is_dir()), None
+)
+
+__all__: list[str] = ["CARDS", "entry_folder", "find_model"]
+
+
+def entry_folder(name: str) -> Path | None:
+    """The entry's folder in the clone or the wheel, where its weights are there."""
+    folder = CARDS / name if CARDS else None
+    return folder if folder and (folder / "model.safetensors").is_file() else None
+
+
+def find_model(name: str) -> str:
+    """The name itself, where it names a model or an entry.
+
+    Args:
+        name: `architecture` or `architecture.tag`.
+    Raises:
+        ValueError: no such model or tag; names the nearest.
+    """
+    architecture, _, tag = name.partition(".")
+    known = [f"{model}.{tag}" for model in default_cfgs for tag in DATASETS] if tag else list(default_cfgs)
+    if name in known:
+        return name
+    if tag and architecture in default_cfgs:
+        raise ValueError(f"{architecture} has no tag {tag!r}; expected one of {', '.join(DATASETS)}")
+    nearest = difflib.get_close_matches(name, known, n=3)
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    raise ValueError(f"no model {name!r}{hint}. All names: tamzoo list --all")
+
+
+def _pretrained_cfg(model: str, dataset: Dataset) -> dict[str, Any]:
+    name = f"{model}.{dataset.tag}"
+    entry = ENTRIES.get(name)
+    cfg: dict[str, Any] = {
+        "num_classes": dataset.num_classes,
+        "input_size": dataset.input_size,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "crop_pct": dataset.crop_pct,
+        "interpolation": "bicubic",
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "label_names": dataset.class_names,
+        "license": "apache-2.0",
+        "paper_name": PAPER_TITLE,
+    }
+    if entry and entry.trained:
+        folder = entry_folder(name)
+        cfg |= {"file": str(folder / "model.safetensors")} if folder else {"hf_hub_id": entry.hub_id}
+    return cfg
+
+
+def _build(model: str, backbone: Backbone, attention: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    cfg = resolve_pretrained_cfg(model, kwargs.get("pretrained_cfg"), overlay)
+    name = f"{model}.{cfg.tag}" if cfg.tag else model
+    if pretrained:
+        if not (cfg.has_weights or cfg.state_dict):
+            trained = ", ".join(entry.name for entry in ENTRIES.values() if entry.trained)
+            raise RuntimeError(
+                f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
+                "For an untrained model pass pretrained=False"
+            )
+        if cfg.file and cfg.source is None:
+            entry = ENTRIES.get(name)
+            ours = entry and entry.trained and not (overlay or {}).get("file")
+            check_weights_file(Path(cfg.file), entry.trained.sha256 if ours else None)  # pyright: ignore
+    small = DATASETS[cfg.tag].stem == "3x3" if cfg.tag in DATASETS else cfg.input_size[-1] < 128
+    attn_layer = ATTENTIONS[attention]
+    if attention == "tam" and "group_size" in kwargs:
+        attn_layer = partial(ATTENTIONS[attention], group_size=kwargs.pop("group_size"))
+    shape: dict[str, Any] = {
+        "layers": backbone.layers,
+        "channels": backbone.channels,
+        "stem": "3x3" if small else "7x7",
+        "stem_width": backbone.stem_width,
+        "block_args": {"attn_layer": attn_layer},
+    }
+    if backbone.block != "preact":
+        shape |= {
+            "block": Bottleneck if backbone.block == "bottleneck" else BasicBlock,
+            "cardinality": backbone.cardinality,
+            "base_width": backbone.base_width,
+            "zero_init_last": False,  # He initialisation throughout (paper, section 3.2)
+        }
+
+    def fit(weights: dict[str, Tensor], built: nn.Module) -> dict[str, Tensor]:
+        check_fit(weights, built, name)
+        return weights
+
+    return build_model_with_cfg(
+        WideResNet if backbone.block == "preact" else ResNet,
+        model,
+        pretrained,
+        pretrained_filter_fn=fit,
+        feature_cfg={"out_indices": tuple(range(len(backbone.layers) + 1))},
+        **(shape | kwargs),
+    )
+
+
+def _entrypoint(backbone: Backbone, attention: str) -> Callable[..., nn.Module]:
+    model = f"{backbone.name}_{attention}"
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(model, backbone, attention, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = model
+    create.__doc__ = f"""{backbone.title}, attention: {attention}. Tags: {", ".join(DATASETS)}.
+
+    Args:
+        pretrained: Load the weights of the tag; an error where there are none.
+        kwargs: Those of timm's `create_model`, `stem` ("3x3" or "7x7") and, for TAM, `group_size`.
+    """
+    return create
+
+
+_MODELS = {
+    f"{backbone.name}_{attention}": (backbone, attention)
+    for backbone in BACKBONES.values()
+    for attention in ATTENTIONS
+}
+default_cfgs = generate_default_cfgs(
+    {
+        f"{model}.{tag}": _pretrained_cfg(model, dataset)
+        for model in _MODELS
+        for tag, dataset in DATASETS.items()
+    }
+)
+for _model, _row in _MODELS.items():
+    setattr(sys.modules[__name__], _model, register_model(_entrypoint(*_row)))
