@@ -2,6 +2,8 @@
 
 from tamzoo import registry as registry  # registers every model with timm
 from tamzoo.attention import CBAM, SE, TAM
+from tamzoo.fold import reparameterize_model
+from tamzoo.gates import measure_gates
 
 __version__ = "0.1.0"
-__all__ = ["CBAM", "SE", "TAM"]
+__all__ = ["CBAM", "SE", "TAM", "measure_gates", "reparameterize_model"]

@@ -15,10 +15,9 @@ from timm.models import checkpoint_seq, resnet
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tamzoo.attention import TAM
+from tamzoo.attention import GATE_TOLERANCE, TAM
 
 STEMS = ("3x3", "7x7")
-GATE_TOLERANCE = 1e-3  # largest measured width (maximum - minimum) of a gate that counts as static
 
 
 class GatedBlock:
@@ -236,7 +235,7 @@ class WideResNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
-        return {"stem": r"^(conv1|bn1)\.", "blocks": [(blocks, None), (r"^bn2\.", (99999,))]}
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": [(blocks, None), (r"^bn2\.", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -42,6 +42,18 @@ class GateStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Latency of one of several programs that took turns: ratios hold while the machine's speed drifts."""
+
+    name: str
+    rounds: int
+    median_ms: float
+    ratio: float  # median over rounds of this program's time to the first program's
+    ratio_low: float  # quartiles of the same
+    ratio_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """One training run: what is needed to judge it and to repeat it."""
 

@@ -22,7 +22,7 @@ CARDS = next(
     (path for path in (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards") if path.is_dir()), None
 )
 
-__all__: list[str] = ["CARDS", "entry_folder", "find_model"]
+__all__: list[str] = ["CARDS", "MODELS", "entry_folder", "find_model"]
 
 
 def entry_folder(name: str) -> Path | None:
@@ -136,7 +136,7 @@ def _entrypoint(backbone: Backbone, attention: str) -> Callable[..., nn.Module]:
     return create
 
 
-_MODELS = {
+MODELS = {
     f"{backbone.name}_{attention}": (backbone, attention)
     for backbone in BACKBONES.values()
     for attention in ATTENTIONS
@@ -144,9 +144,9 @@ _MODELS = {
 default_cfgs = generate_default_cfgs(
     {
         f"{model}.{tag}": _pretrained_cfg(model, dataset)
-        for model in _MODELS
+        for model in MODELS
         for tag, dataset in DATASETS.items()
     }
 )
-for _model, _row in _MODELS.items():
+for _model, _row in MODELS.items():
     setattr(sys.modules[__name__], _model, register_model(_entrypoint(*_row)))

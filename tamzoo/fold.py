@@ -1,0 +1,75 @@
+"""Static gates into the layers before them: a TAM model in, a plain backbone out (paper, section 4.1)."""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+
+from torch import nn
+
+from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.backbones import GatedBlock
+from tamzoo.gates import remember_gates
+from tamzoo.records import GateStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldReport:
+    """What folding did, gate by gate.
+
+    Attributes:
+        folded: Gate name -> the constant that went into the layer before it.
+        kept: Gate name -> why it is still there.
+        tolerance: Largest width that was folded.
+    """
+
+    folded: dict[str, float]
+    kept: dict[str, str]
+    tolerance: float
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.folded)} of {len(self.folded) + len(self.kept)} gates folded"]
+        lines += [f"  {name}: folded as {constant:.6f}" for name, constant in self.folded.items()]
+        lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines)
+
+
+def reparameterize_model(
+    model: nn.Module,
+    gates: Iterable[GateStats] | None = None,
+    tolerance: float = GATE_TOLERANCE,
+    inplace: bool = False,
+) -> nn.Module:
+    """Folds every static gate and removes its module; a gate that is not static stays.
+
+    A fully folded model has exactly the modules and parameters of the plain backbone. The report is in
+    the returned model's `fold_report`.
+
+    Args:
+        gates: From `measure_gates`; where None, the measurements that the checkpoint carries.
+        tolerance: Largest measured width (maximum - minimum) of a gate that is folded.
+        inplace: Change this model in place of a copy.
+    Raises:
+        ValueError: training mode, no foldable blocks, a tolerance that is no width, or unknown gates.
+    """
+    if model.training:
+        raise ValueError("folding needs a model in eval mode; call model.eval() first")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance is a width of a gate in (0, 1), got {tolerance}")
+    if not any(isinstance(module, GatedBlock) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no blocks that can be folded; pass a tamzoo model")
+    if not inplace:
+        model = deepcopy(model)
+    if gates is not None:
+        remember_gates(model, gates)
+    folded: dict[str, float] = {}
+    kept: dict[str, str] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, GatedBlock) and block.se is not None:
+            constant = float(getattr(block.se, "measured_gate", [0.0])[0])
+            reason = block.reparameterize(tolerance)
+            if reason is None:
+                folded[f"{name}.se"] = constant
+            else:
+                kept[f"{name}.se"] = reason
+    model.fold_report = FoldReport(folded=folded, kept=kept, tolerance=tolerance)  # pyright: ignore
+    return model

@@ -1,0 +1,165 @@
+"""TAM's gates on real images: a model and images in, `GateStats` out."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tamzoo.attention import TAM
+from tamzoo.backbones import GatedBlock
+from tamzoo.progress import Progress, silent
+from tamzoo.records import GateStats
+
+HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
+
+
+def gates_of(model: nn.Module) -> dict[str, TAM]:
+    """The model's TAM modules by name, from the stem to the head."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TAM)}
+
+
+class _Watch:
+    """Running statistics of one gate, in float64; merged batch by batch (Chan, Golub & LeVeque, 1979)."""
+
+    def __init__(self) -> None:
+        self.images, self.count = 0, 0
+        self.mean, self.squares = 0.0, 0.0
+        self.low, self.high = float("inf"), float("-inf")
+        self.channel_low: Tensor | None = None  # (c,), of the features that the gate looks at
+        self.channel_high: Tensor | None = None
+
+    def __call__(self, gate: TAM, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        low, high = x.amin((0, 2, 3)).double(), x.amax((0, 2, 3)).double()
+        self.channel_low = low if self.channel_low is None else torch.minimum(self.channel_low, low)
+        self.channel_high = high if self.channel_high is None else torch.maximum(self.channel_high, high)
+        z = gate.gate(x).double()  # (n, 1, h, w)
+        self.images += len(z)
+        self.low, self.high = min(self.low, z.min().item()), max(self.high, z.max().item())
+        mean, total = z.mean().item(), self.count + z.numel()
+        shift = mean - self.mean
+        self.squares += (z - mean).square().sum().item() + shift**2 * self.count * z.numel() / total
+        self.mean += shift * z.numel() / total
+        self.count = total
+
+
+@torch.inference_mode()
+def measure_gates(
+    model: nn.Module, images: Tensor | Iterable[Tensor], batch_size: int = 128, progress: Progress = silent
+) -> list[GateStats]:
+    """Every TAM gate of a model over a set of images, each position of each image one value.
+
+    Args:
+        images: (n, c, h, w), normalised as the model wants them; or batches of such, so that memory
+            does not grow with n.
+        batch_size: Images a forward pass, where `images` is one tensor.
+    Returns:
+        One row a gate, from the stem to the head. The bounds hold for every input whose channels stay
+        within the ranges seen here, float32 rounding included (interval arithmetic through the tree).
+    Raises:
+        ValueError: training mode, no gates, fewer than two images, or a gate that is not finite.
+    """
+    if model.training:
+        raise ValueError("measuring gates needs a model in eval mode; call model.eval() first")
+    gates = gates_of(model)
+    if not gates:
+        raise ValueError(
+            f"{type(model).__name__} has no TAM gates; measure a model named *_tam before folding it"
+        )
+    watches = {name: _Watch() for name in gates}
+    hooks = [gates[name].register_forward_pre_hook(watch) for name, watch in watches.items()]
+    place = next(model.parameters())
+    try:
+        pieces = list(images.split(batch_size)) if isinstance(images, Tensor) else images
+        for batch in progress(pieces, "Measuring gates"):
+            model(batch.to(place.device, place.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    blocks = [name for name, module in model.named_modules() if isinstance(module, GatedBlock)]
+    return [
+        _stats(
+            name,
+            blocks.index(parent) + 1 if (parent := name.rpartition(".")[0]) in blocks else index,
+            gate,
+            watch,
+        )
+        for index, ((name, gate), watch) in enumerate(
+            zip(gates.items(), watches.values(), strict=True), start=1
+        )
+    ]
+
+
+def _stats(name: str, block: int, gate: TAM, watch: _Watch) -> GateStats:
+    if watch.images < 2:
+        raise ValueError(f"{watch.images} images cannot show whether a gate is static; pass at least two")
+    if not watch.low <= watch.high:
+        raise ValueError(f"gate {name} is not finite: the weights or the images hold NaN or infinity")
+    assert watch.channel_low is not None and watch.channel_high is not None
+    bound_min, bound_max = gate_bounds(gate, watch.channel_low, watch.channel_high)
+    stage = re.search(r"layer(\d+)", name)
+    return GateStats(
+        name=name,
+        block=block,
+        stage=int(stage[1]) if stage else 0,
+        n=watch.images,
+        mean=watch.mean,
+        std=(watch.squares / watch.count) ** 0.5,
+        min=watch.low,
+        max=watch.high,
+        bound_min=bound_min,
+        bound_max=bound_max,
+    )
+
+
+@torch.no_grad()
+def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
+    """Bounds of a gate whose input channels lie in [low, high], by interval arithmetic through the tree.
+
+    Args:
+        low: (c,), smallest value of each channel.
+        high: (c,), largest.
+    Returns:
+        Lower and upper bound in [0, 1], widened by what float32 rounding can add in the tree.
+    """
+    low, high = low.double().clone(), high.double().clone()
+    for layer in gate.tree:
+        if isinstance(layer, nn.Conv2d):
+            groups, fan_in = layer.groups, layer.in_channels // layer.groups
+            weight = layer.weight.double().view(groups, -1, fan_in)  # (groups, outputs, inputs)
+            low, high = low.view(groups, 1, fan_in), high.view(groups, 1, fan_in)
+            ends = weight * low, weight * high
+            size = torch.maximum(ends[0].abs(), ends[1].abs()).sum(2).flatten()
+            low = torch.minimum(*ends).sum(2).flatten()
+            high = torch.maximum(*ends).sum(2).flatten()
+            bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(low)
+            rounding = (fan_in + 1) * HALF_ULP * 2 * (size + bias.abs())
+            low, high = low + bias - rounding, high + bias + rounding
+        elif isinstance(layer, nn.PReLU):
+            slope = layer.weight.double()
+            ends = [torch.where(end < 0, slope * end, end) for end in (low, high)]
+            touches_zero = (low < 0) & (high > 0)
+            ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
+            rounding = HALF_ULP * 2 * torch.maximum(low.abs(), high.abs())
+            low = torch.stack(ends).amin(0) - rounding
+            high = torch.stack(ends).amax(0) + rounding
+    # a float32 sigmoid is off by a few units in the last place
+    return torch.sigmoid(low).item() * (1 - 8 * HALF_ULP), min(
+        1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP)
+    )
+
+
+@torch.no_grad()
+def remember_gates(model: nn.Module, gates: Iterable[GateStats]) -> None:
+    """Stores measured gates in the model, in place: they travel with its state dict and fold without data.
+
+    Raises:
+        ValueError: a gate that the model does not have.
+    """
+    modules = gates_of(model)
+    for stats in gates:
+        if stats.name not in modules:
+            raise ValueError(f"the model has no gate {stats.name!r}; it has {', '.join(modules) or 'none'}")
+        buffer = modules[stats.name].measured_gate
+        buffer.copy_(buffer.new_tensor([stats.mean, stats.min, stats.max]))

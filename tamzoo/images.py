@@ -1,0 +1,94 @@
+"""Pictures from files: checked, never converted in silence; and the pictures that the package ships."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+PICTURES = Path(__file__).parent / "pictures"
+SUFFIXES = frozenset(Image.registered_extensions())
+SMALLEST = 8  # pixels a side; less than this shows nothing
+ADVICE = {
+    "RGBA": "its transparent pixels have no colour; flatten it on a background first",
+    "LA": "its transparent pixels have no colour; flatten it on a background first",
+    "PA": "its transparent pixels have no colour; flatten it on a background first",
+    "CMYK": "convert it to sRGB with its colour profile first",
+}
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A still 8-bit picture as RGB; grey and palette pictures are converted, which loses nothing.
+
+    Raises:
+        ValueError: missing, not an image, damaged, animated, tiny, or of a mode whose conversion would
+            have to guess (transparency, CMYK, 16 bits).
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}"
+        )
+    try:
+        with Image.open(path) as image:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise ValueError(f"{path}: animated, {frames} frames; save one frame as a picture")
+            image.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        kind = (
+            "not a picture" if isinstance(error, UnidentifiedImageError) else f"a damaged picture ({error})"
+        )
+        raise ValueError(
+            f"{path}: {kind}; expected a JPEG, PNG, WebP or another format that Pillow reads"
+        ) from error
+    if min(image.size) < SMALLEST:
+        raise ValueError(
+            f"{path}: {image.width}x{image.height} pixels; expected at least {SMALLEST}x{SMALLEST}"
+        )
+    mode = "RGBA" if image.mode == "P" and "transparency" in image.info else image.mode
+    if mode not in ("RGB", "L", "P", "1"):
+        advice = ADVICE.get(mode, "save it with 8 bits a channel first")
+        raise ValueError(f"{path}: expected an 8-bit RGB or grey picture, got mode {mode}; {advice}")
+    return image.convert("RGB")
+
+
+def picture_paths(given: Iterable[Path]) -> list[Path]:
+    """Files as they are, folders as the pictures in them, sorted.
+
+    Raises:
+        ValueError: a folder without a picture.
+    """
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ValueError(
+                    f"{path}: a folder without a picture; expected .jpg, .png, .webp or another image file"
+                )
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def random_crops(n: int, size: int, seed: int = 0) -> Tensor:
+    """Test inputs for any classifier: three quarters crops of the shipped pictures, one quarter noise.
+
+    Returns:
+        uint8 (n, 3, size, size).
+    """
+    draw = np.random.default_rng(seed)
+    pictures = [open_picture(path) for path in picture_paths([PICTURES])] if n else []
+    crops = []
+    for index in range(n):
+        if index % 4 == 3:
+            crops.append(draw.integers(0, 256, (size, size, 3), dtype=np.uint8))
+            continue
+        picture = pictures[index % len(pictures)]
+        side = int(draw.integers(min(32, *picture.size), min(picture.size) + 1))
+        left, top = (int(draw.integers(0, extent - side + 1)) for extent in picture.size)
+        crops.append(np.asarray(picture.crop((left, top, left + side, top + side)).resize((size, size))))
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)  # (n, h, w, c) -> (n, c, h, w)

@@ -1,0 +1,125 @@
+"""The catalogue's rows beside the records of our runs: results.csv, the README's table."""
+
+import csv
+import io
+from pathlib import Path
+
+import timm
+import torch
+
+from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.catalogue import ENTRIES, Entry
+from tamzoo.records import Record, read_record
+from tamzoo.registry import CARDS
+
+FIELDS: tuple[str, ...] = (
+    "entry",
+    "table",
+    "paper_top1_error",
+    "paper_top5_error",
+    "top1_error",
+    "top5_error",
+    "n",
+    "epochs",
+    "recipe",
+    "seed",
+    "selection",
+    "paper_params_m",
+    "params_m",
+    "paper_flops_g",
+    "static_gates",
+    "gates",
+    "data_note",
+    "weights_sha256",
+    "hub_id",
+)
+README_MARKS = ("<!-- results: written by `tamzoo results` -->", "<!-- /results -->")
+
+
+def record_of(entry: Entry) -> Record | None:
+    """The record of the entry's stored weights, None where there is none."""
+    path = CARDS / entry.name / "record.json" if CARDS else None
+    return read_record(path) if path and path.is_file() else None
+
+
+def parameters_m(entry: Entry) -> float:
+    """Millions of parameters of the entry's model, counted on one without storage."""
+    with torch.device("meta"):
+        model = timm.create_model(entry.name)
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def result_row(entry: Entry) -> dict[str, object]:
+    """One line of results.csv; what is not known is None."""
+    paper, record = entry.paper, record_of(entry)
+    row: dict[str, object] = dict.fromkeys(FIELDS)
+    row |= {"entry": entry.name, "params_m": f"{parameters_m(entry):.3f}", "hub_id": entry.hub_id}
+    if paper:
+        row |= {
+            "table": paper.table,
+            "paper_top1_error": paper.top1_error,
+            "paper_top5_error": paper.top5_error,
+            "paper_params_m": paper.params_m,
+            "paper_flops_g": paper.flops_g,
+        }
+    if record:
+        row |= {
+            "top1_error": f"{record.score.top1_error:.2f}",
+            "top5_error": f"{record.score.top5_error:.2f}",
+            "n": record.score.n,
+            "epochs": record.epochs,
+            "recipe": record.recipe["name"],
+            "seed": record.seed,
+            "selection": record.selection,
+            "static_gates": sum(gate.width <= GATE_TOLERANCE for gate in record.gates),
+            "gates": len(record.gates),
+            "data_note": "; ".join(note for note in (record.data_note, record.score.data_note) if note),
+            "weights_sha256": record.sha256 if entry.trained else None,
+        }
+    return row
+
+
+def results_csv() -> str:
+    """The whole of results.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(result_row, ENTRIES.values()))
+    return text.getvalue()
+
+
+def results_markdown() -> str:
+    """The README's table: the entries that were trained, the paper's cell beside ours."""
+    lines = [
+        "| entry | paper: top-1 error, best epoch of 300 | ours, last epoch | our epochs | static gates |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in ENTRIES.values():
+        row = result_row(entry)
+        if row["top1_error"] is not None:
+            paper = f"{row['paper_top1_error']:.2f} %" if entry.paper else "not in the paper"
+            gates = f"{row['static_gates']} of {row['gates']}" if row["gates"] else "no gates"
+            lines.append(f"| `{entry.name}` | {paper} | {row['top1_error']} % | {row['epochs']} | {gates} |")
+    return "\n".join(lines)
+
+
+def with_results(readme: str) -> str:
+    """A README with the table between the marks made new.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    start, end = README_MARKS
+    if start not in readme or end not in readme:
+        raise ValueError(f"the README lacks the marks {start} and {end}, between which the table stands")
+    before, rest = readme.split(start, 1)
+    return f"{before}{start}\n{results_markdown()}\n{end}{rest.split(end, 1)[1]}"
+
+
+def write_results(root: Path) -> list[Path]:
+    """Rewrites results.csv and the README's table in a clone; returns what was written."""
+    readme = root / "README.md"
+    pages = {readme: with_results(readme.read_text(encoding="utf-8")), root / "results.csv": results_csv()}
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return list(pages)

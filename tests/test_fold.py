@@ -1,0 +1,117 @@
+import copy
+
+import pytest
+import timm
+import torch
+
+import tamzoo
+from tamzoo.gates import gates_of, measure_gates, remember_gates
+
+FAMILIES = ("resnet18", "resnet50", "resnext50_32x4d", "wrn10_4", "resnet20")
+
+
+def make_static(model):
+    """Gates whose last convolution has no weights are one number, another one each."""
+    for index, gate in enumerate(gates_of(model).values()):
+        gate.tree[-1].weight.data.zero_()
+        gate.tree[-1].bias.data.fill_(0.3 * index - 1)
+    return model
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_folding_static_gates_keeps_the_logits_and_leaves_the_plain_backbone(backbone, shaken):
+    model = make_static(shaken(timm.create_model(f"{backbone}_tam.cifar10")))
+    x = torch.randn(4, 3, 32, 32)
+    expected = model(x)
+    before = copy.deepcopy(model.state_dict())
+    folded = tamzoo.reparameterize_model(model, measure_gates(model, x))
+    assert folded.fold_report.kept == {} and len(folded.fold_report.folded) == len(gates_of(model))
+    # float32: the scale moves from after the affine layer into it
+    torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4)
+
+    plain = timm.create_model(f"{backbone}_plain.cifar10").eval()
+    plain.load_state_dict(folded.state_dict(), strict=True)
+    torch.testing.assert_close(plain(x), folded(x), rtol=0, atol=0)
+    names = [(name, type(module)) for name, module in folded.named_modules()]
+    assert names == [(name, type(module)) for name, module in plain.named_modules()]
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), (
+        "a copy was folded"
+    )
+
+
+def test_gates_that_move_stay_and_the_report_says_why(shaken):
+    model = shaken(timm.create_model("resnet20_tam.cifar10"))
+    torch.nn.init.zeros_(model.layer2[1].se.tree[-1].weight)
+    x = torch.randn(4, 3, 32, 32)
+    folded = tamzoo.reparameterize_model(model, measure_gates(model, x), tolerance=0.0)
+    report = folded.fold_report
+    assert "layer2.1.se" in report.folded
+    assert all("exceeds the tolerance 0" in reason for reason in report.kept.values())
+    assert list(gates_of(folded)) == list(report.kept)
+    assert f"{len(report.folded)} of 9 gates folded" in str(report) and "layer1.0.se: kept, width" in str(
+        report
+    )
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_unmeasured_gates_stay(shaken):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    report = tamzoo.reparameterize_model(model).fold_report
+    assert report.folded == {} and set(report.kept.values()) == {"not measured since its last training step"}
+
+
+def test_a_checkpoint_folds_without_data_until_it_is_trained(shaken):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    x = torch.randn(4, 3, 32, 32)
+    remember_gates(model, measure_gates(model, x))
+    again = timm.create_model("resnet20_tam.cifar10").eval()
+    again.load_state_dict(model.state_dict())
+    assert len(tamzoo.reparameterize_model(again).fold_report.folded) == 9
+    again.train()(x).sum().backward()
+    assert len(tamzoo.reparameterize_model(again.eval()).fold_report.kept) == 9
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_timms_own_reparameterize_model_folds_measured_gates(backbone, shaken):
+    model = make_static(shaken(timm.create_model(f"{backbone}_tam.cifar10")))
+    x = torch.randn(2, 3, 32, 32)
+    remember_gates(model, measure_gates(model, x))
+    folded = timm.utils.reparameterize_model(model)
+    assert not gates_of(folded) and gates_of(model)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="call model.eval"):
+        timm.utils.reparameterize_model(model.train())
+
+
+def test_in_place_changes_the_model_itself(shaken):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    gates = measure_gates(model, torch.randn(2, 3, 32, 32))
+    assert tamzoo.reparameterize_model(model, gates, inplace=True) is model
+    assert not gates_of(model)
+
+
+def test_other_attentions_stay():
+    model = timm.create_model("resnet20_se.cifar10").eval()
+    report = tamzoo.reparameterize_model(model).fold_report
+    assert len(report.kept) == 9 and set(report.kept.values()) == {"SEModule depends on its input by design"}
+
+
+def test_a_norm_without_affine_cannot_take_a_gate(shaken):
+    norm = torch.nn.BatchNorm2d
+    model = timm.create_model(
+        "resnet20_tam.cifar10", norm_layer=lambda c, **kw: norm(c, affine=False, **kw)
+    ).eval()
+    gates = measure_gates(make_static(model), torch.randn(2, 3, 32, 32))
+    reasons = tamzoo.reparameterize_model(model, gates).fold_report.kept.values()
+    assert set(reasons) == {"bn2 (BatchNorm2d) has no weights to fold into"}
+
+
+def test_what_cannot_be_folded_is_refused():
+    model = timm.create_model("resnet20_tam.cifar10")
+    with pytest.raises(ValueError, match="call model.eval"):
+        tamzoo.reparameterize_model(model)
+    with pytest.raises(ValueError, match="tolerance is a width"):
+        tamzoo.reparameterize_model(model.eval(), tolerance=-1)
+    with pytest.raises(ValueError, match="no blocks that can be folded"):
+        tamzoo.reparameterize_model(torch.nn.Linear(2, 2).eval())

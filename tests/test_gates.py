@@ -1,0 +1,113 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tamzoo import TAM, measure_gates
+from tamzoo.gates import gate_bounds, gates_of, remember_gates
+
+
+@pytest.fixture
+def model(shaken):
+    return shaken(timm.create_model("resnet20_tam.cifar10"))
+
+
+def test_statistics_equal_those_of_all_gate_values_at_once(model):
+    images = torch.randn(11, 3, 32, 32)
+    seen = {}
+    hooks = [
+        gate.register_forward_pre_hook(
+            lambda gate, x, name=name: seen.update({name: gate.gate(x[0]).double()})
+        )
+        for name, gate in gates_of(model).items()
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    found = measure_gates(model, images, batch_size=4)
+    assert [gate.name for gate in found] == list(seen)
+    for gate in found:
+        values = seen[gate.name]
+        assert gate.n == 11
+        assert gate.mean == pytest.approx(
+            values.mean().item(), abs=1e-7
+        )  # batches of another size round otherwise
+        assert gate.std == pytest.approx(values.std(unbiased=False).item(), abs=1e-7)
+        assert gate.min == pytest.approx(values.min().item(), abs=1e-6)
+        assert gate.max == pytest.approx(values.max().item(), abs=1e-6)
+
+
+def test_batches_give_what_one_tensor_gives(model):
+    images = torch.randn(8, 3, 32, 32)
+    assert measure_gates(model, images, batch_size=4) == measure_gates(model, iter(images.split(4)))
+
+
+def test_blocks_and_stages_are_counted_from_the_stem(model):
+    found = measure_gates(model, torch.randn(2, 3, 32, 32))
+    assert [(gate.block, gate.stage) for gate in found] == [(i + 1, i // 3 + 1) for i in range(9)]
+    model.layer1[1].se = None  # a folded block still counts as a block
+    assert [gate.block for gate in measure_gates(model, torch.randn(2, 3, 32, 32))] == [
+        1,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+    ]
+
+
+def test_measured_gates_lie_within_the_bounds(model):
+    for gate in measure_gates(model, 3 * torch.randn(8, 3, 32, 32)):
+        assert 0 <= gate.bound_min <= gate.min <= gate.mean <= gate.max <= gate.bound_max <= 1
+
+
+@pytest.mark.parametrize(("channels", "group_size"), [(16, 2), (12, 3), (7, 2)])
+def test_bounds_hold_for_any_input_in_the_ranges(channels, group_size):
+    module = TAM(channels, group_size).eval()
+    for layer in module.tree:
+        if isinstance(layer, nn.PReLU):
+            nn.init.uniform_(layer.weight, -1.0, 2.0)  # falling slopes too: the interval may turn around
+    low, high = -3 * torch.rand(channels), 2 * torch.rand(channels)
+    least, most = gate_bounds(module, low, high)
+    corners = torch.rand(20_000, channels).round()
+    inside = torch.rand(20_000, channels)
+    for mix in (corners, inside):
+        x = low + mix * (high - low)
+        values = module.gate(x.view(-1, channels, 1, 1))
+        assert least <= values.min().item() and values.max().item() <= most
+
+
+def test_bounds_are_tight_for_a_single_input():
+    module = TAM(64).eval()
+    x = torch.randn(64)
+    least, most = gate_bounds(module, x, x)
+    assert least <= module.gate(x.view(1, 64, 1, 1)).item() <= most
+    assert most - least < 1e-4
+
+
+def test_remembered_gates_travel_with_the_state_dict(model):
+    found = measure_gates(model, torch.randn(4, 3, 32, 32))
+    remember_gates(model, found)
+    other = timm.create_model("resnet20_tam.cifar10")
+    other.load_state_dict(model.state_dict())
+    for gate in found:
+        buffer = other.get_submodule(gate.name).measured_gate
+        assert buffer.tolist() == pytest.approx([gate.mean, gate.min, gate.max])
+
+
+def test_what_cannot_be_measured_is_refused(model):
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="1 images cannot show whether a gate is static"):
+        measure_gates(model, images[:1])
+    with pytest.raises(ValueError, match="call model.eval"):
+        measure_gates(model.train(), images)
+    with pytest.raises(ValueError, match="ResNet has no TAM gates"):
+        measure_gates(timm.create_model("resnet20_plain").eval(), images)
+    with pytest.raises(ValueError, match="is not finite"):
+        measure_gates(model.eval(), torch.full((2, 3, 32, 32), torch.nan))
+    stats = measure_gates(model, images)
+    with pytest.raises(ValueError, match="the model has no gate 'layer1.0.se'; it has none"):
+        remember_gates(timm.create_model("resnet20_plain"), stats)

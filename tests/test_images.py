@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tamzoo.images import PICTURES, open_picture, picture_paths, random_crops
+
+
+def saved(tmp_path, name, image, **kwargs):
+    image.save(tmp_path / name, **kwargs)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_still_8_bit_pictures_open_as_rgb(tmp_path, mode):
+    path = saved(tmp_path, "x.png", Image.new("RGB", (20, 10), "red").convert(mode))
+    picture = open_picture(path)
+    assert picture.mode == "RGB" and picture.size == (20, 10)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "message"),
+    [
+        ("RGBA", "x.png", "got mode RGBA; its transparent pixels have no colour; flatten it"),
+        ("LA", "x.png", "got mode LA; its transparent pixels"),
+        ("CMYK", "x.jpg", "got mode CMYK; convert it to sRGB"),
+        ("I;16", "x.png", r"got mode I;16; save it with 8 bits a channel"),
+        ("F", "x.tiff", "got mode F; save it with 8 bits a channel"),
+    ],
+)
+def test_modes_that_would_need_a_guess_are_refused(tmp_path, mode, name, message):
+    path = saved(tmp_path, name, Image.new(mode, (20, 20)))
+    with pytest.raises(ValueError, match=f"{name}: expected an 8-bit RGB or grey picture, {message}"):
+        open_picture(path)
+
+
+def test_a_transparent_palette_is_refused(tmp_path):
+    path = saved(tmp_path, "x.png", Image.new("P", (20, 20)), transparency=0)
+    with pytest.raises(ValueError, match="got mode RGBA"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png"])
+def test_animations_are_refused(tmp_path, name):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path, name, frames[0], save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=f"{name}: animated, 2 frames"):
+        open_picture(path)
+
+
+def test_tiny_pictures_are_refused(tmp_path):
+    path = saved(tmp_path, "x.png", Image.new("RGB", (1, 1)))
+    with pytest.raises(ValueError, match="x.png: 1x1 pixels; expected at least 8x8"):
+        open_picture(path)
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    text = tmp_path / "x.jpg"
+    text.write_text("not a picture")
+    with pytest.raises(ValueError, match="x.jpg: not a picture; expected a JPEG"):
+        open_picture(text)
+    whole = (PICTURES / "cat.jpg").read_bytes()
+    text.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"x.jpg: a damaged picture \(image file is truncated"):
+        open_picture(text)
+    with pytest.raises(ValueError, match="no such file"):
+        open_picture(tmp_path / "missing.png")
+
+
+def test_folders_give_their_pictures_and_empty_ones_an_error(tmp_path):
+    assert [path.name for path in picture_paths([PICTURES])] == sorted(p.name for p in PICTURES.glob("*.jpg"))
+    with pytest.raises(ValueError, match="a folder without a picture"):
+        picture_paths([tmp_path])
+
+
+def test_random_crops_repeat_and_differ():
+    crops = random_crops(16, 32)
+    assert crops.shape == (16, 3, 32, 32) and crops.dtype == torch.uint8
+    assert torch.equal(crops, random_crops(16, 32))
+    assert len(np.unique(crops.numpy().reshape(16, -1), axis=0)) == 16

@@ -1,0 +1,179 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+
+import tamzoo  # noqa: F401
+from tamzoo.catalogue import DATASETS, ENTRIES
+from tamzoo.registry import MODELS, find_model
+
+SMALL = ("resnet20", "wrn10_4")
+
+
+def test_every_backbone_has_every_attention_and_tag():
+    assert len(MODELS) == 11 * 4
+    assert set(MODELS) <= set(timm.list_models())
+    for model in MODELS:
+        tags = {name.split(".")[1] for name in timm.list_models(f"{model}.*", include_tags=True)}
+        assert tags == set(DATASETS)
+
+
+def test_a_bare_name_takes_the_first_tag_with_weights_else_cifar100():
+    for model in MODELS:
+        trained = [tag for tag in DATASETS if (entry := ENTRIES.get(f"{model}.{tag}")) and entry.trained]
+        assert timm.get_pretrained_cfg(model).tag == (trained[0] if trained else "cifar100")
+
+
+@pytest.mark.parametrize("tag", DATASETS)
+def test_the_data_configuration_is_the_data_sets(tag):
+    dataset = DATASETS[tag]
+    with torch.device("meta"):
+        model = timm.create_model(f"resnet18_tam.{tag}")
+    config = resolve_model_data_config(model)
+    assert config["input_size"] == dataset.input_size
+    assert (config["mean"], config["std"]) == (dataset.mean, dataset.std)
+    assert config["crop_pct"] == dataset.crop_pct
+    assert model.pretrained_cfg["label_names"] == dataset.class_names if dataset.class_names else True
+    small = tag != "untrained_in1k"
+    assert model.conv1.kernel_size == ((3, 3) if small else (7, 7))
+    assert isinstance(model.maxpool, torch.nn.Identity) == small
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_timm_facility_works_on_every_model(model):
+    with torch.device("meta"):  # shapes without arithmetic: all 44 architectures in seconds
+        x = torch.empty(2, 3, 32, 32)
+        built = timm.create_model(model, num_classes=7, drop_rate=0.1, drop_path_rate=0.1)
+        features = built.forward_features(x)
+        assert features.shape[:2] == (2, built.num_features)
+        assert built.forward_head(features).shape == (2, 7)
+        assert built.forward_head(features, pre_logits=True).shape == (2, built.head_hidden_size)
+        assert built.get_classifier() is built.fc and built.get_classifier(name_only=True) == "fc"
+        last, intermediates = built.forward_intermediates(x, indices=2)
+        assert len(intermediates) == 2 and last.shape == features.shape
+        built.set_grad_checkpointing()
+        assert built(x).shape == (2, 7)
+        built.reset_classifier(3, "max")
+        assert built(x).shape == (2, 3)
+        built.reset_classifier(0, "")
+        assert built(x).shape == features.shape
+        groups = timm.models.group_parameters(built, built.group_matcher())
+        assert sum(map(len, groups.values())) == len(list(built.parameters()))
+
+        grey = timm.create_model(model, in_chans=1, global_pool="catavgmax")
+        assert grey(torch.empty(2, 1, 32, 32)).shape == (2, 100)
+
+        pyramid = timm.create_model(model, features_only=True)
+        maps = pyramid(x)
+        assert [m.shape[1] for m in maps] == pyramid.feature_info.channels()
+        assert [32 // m.shape[2] for m in maps] == pyramid.feature_info.reduction()
+        two = timm.create_model(model, features_only=True, out_indices=(1, 2))
+        assert len(two(x)) == 2
+
+        large = timm.create_model(f"{model}.untrained_in1k", features_only=True)
+        maps = large(torch.empty(1, 3, 224, 224))
+        assert [224 // m.shape[2] for m in maps] == large.feature_info.reduction()
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_the_plain_imagenet_models_are_timms_own(backbone):
+    ours = timm.create_model(f"{backbone}_plain.untrained_in1k").eval()
+    theirs = timm.create_model(backbone).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", ["plain", "se", "cbam", "tam"])
+@pytest.mark.parametrize("backbone", SMALL)
+def test_copies_round_trips_and_memory_formats_agree(backbone, attention):
+    model = timm.create_model(f"{backbone}_{attention}").eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=0, atol=0)
+    other = timm.create_model(f"{backbone}_{attention}").eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4)  # another order of summation
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+    torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
+def test_compiling_finds_one_graph(name):
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_checkpointed_gradients_equal_plain_ones():
+    model = timm.create_model("wrn10_4_tam")
+    x = torch.randn(4, 3, 32, 32)
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_saved_model_loads_from_a_directory(tmp_path):
+    model = timm.create_model("resnet20_tam.cifar10", num_classes=4).eval()
+    model.layer1[0].se.measured_gate.copy_(torch.tensor([0.4, 0.39, 0.41]))
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    cfg = timm.models.filter_pretrained_cfg(model.pretrained_cfg, remove_source=True) | {"num_classes": 4}
+    config = {"architecture": "resnet20_tam", "num_classes": 4, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert loaded.layer1[0].se.measured_gate.tolist() == pytest.approx([0.4, 0.39, 0.41])
+
+
+def test_group_size_is_an_argument_of_tam_models():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18_tam", group_size=8)
+        assert model.layer1[0].se.group_size == 8
+        with pytest.raises(TypeError):
+            timm.create_model("resnet18_plain", group_size=8)
+
+
+def test_untrained_entries_say_so():
+    with pytest.raises(
+        RuntimeError, match=r"resnet152_tam.svhn has no trained weights yet.*pass pretrained=False"
+    ):
+        timm.create_model("resnet152_tam.svhn", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50_tamm", r"no model 'resnet50_tamm'; nearest: resnet50_tam"),
+        ("resnet50_tam.cifar11", r"no tag 'cifar11'; expected one of cifar100, cifar10"),
+        ("zzz", r"no model 'zzz'. All names: tamzoo list --all"),
+    ],
+)
+def test_unknown_names_get_the_nearest(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_model(name)
+
+
+def test_importing_costs_no_heavy_library():
+    heavy = "onnx onnxruntime onnxscript pyarrow matplotlib triton typer rich".split()
+    code = "import timm, sys; old = set(sys.modules); import tamzoo; print(*(set(sys.modules) - old))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "tamzoo.registry" in found
+    assert not set(heavy) & set(found)

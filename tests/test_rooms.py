@@ -1,0 +1,69 @@
+"""Imports run one way: a room may use those before it in this list, never those after."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tamzoo
+
+ROOMS = (
+    "attention",
+    "progress",
+    "recipes",
+    "records",
+    "class_names",
+    "catalogue",
+    "backbones",
+    "checkpoint",
+    "registry",
+    "images",
+    "data",
+    "evaluate",
+    "train",
+    "gates",
+    "fold",
+    "onnx_export",
+    "predict",
+    "latency",
+    "results",
+    "cli",
+)
+PACKAGE = Path(tamzoo.__file__).parent
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "tamzoo" else {module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_the_list_names_every_room():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ROOMS, "__init__"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    modules = imported(PACKAGE / f"{room}.py")
+    ours = {name.split(".")[1] for name in modules if name.startswith("tamzoo.")} & set(ROOMS)
+    later = {name for name in ours if ROOMS.index(name) >= ROOMS.index(room)}
+    assert not later, f"{room} imports {later}"
+    assert not any(name.split(".")[0] in ("export", "tests") for name in modules)
+
+
+def test_only_cli_prints():
+    for path in PACKAGE.glob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = any(isinstance(call, ast.Name) and call.id == "print" for call in calls)
+        assert prints == (path.stem == "cli"), path.name
+
+
+def test_the_public_names_are_these():
+    assert tamzoo.__all__ == ["CBAM", "SE", "TAM", "measure_gates", "reparameterize_model"]
