@@ -7,7 +7,7 @@ from timm.layers import SEModule
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
 
-GATE_TOLERANCE = 1e-3  # largest width (maximum - minimum) of a measured gate that counts as static
+GATE_TOLERANCE = 1e-4  # largest width (maximum - minimum) of a measured gate that counts as static
 UNMEASURED = (0.5, 0.0, 1.0)  # mean, minimum, maximum: what is known of a sigmoid before anyone looked
 
 

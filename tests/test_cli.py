@@ -1,0 +1,157 @@
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tamzoo.catalogue import ENTRIES
+from tamzoo.checkpoint import save_weights
+from tamzoo.cli import main
+from tamzoo.images import PICTURES
+
+
+@pytest.fixture
+def tamzoo(monkeypatch, capsys):
+    """Runs a command line: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tamzoo", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    torch.manual_seed(0)
+    save_weights(path, timm.create_model("resnet20_tam.cifar10").state_dict())
+    return path
+
+
+def test_list_shows_every_row_and_patterns_narrow_it(tamzoo):
+    code, out, _ = tamzoo("list")
+    assert code == 0 and all(name in out for name in ENTRIES)
+    code, out, _ = tamzoo("list", "resnet50*.svhn")
+    assert code == 0 and "resnet50_tam.svhn" in out and "cifar" not in out
+    code, out, _ = tamzoo("list", "--all", "wrn28_10*")
+    assert code == 0 and len(out.split()) == 4 * 4
+    code, out, err = tamzoo("list", "vgg*")
+    assert code == 2 and not out and "nothing matches 'vgg*'" in err
+
+
+def test_info_tells_the_papers_cell(tamzoo):
+    code, out, _ = tamzoo("info", "resnet50_tam.cifar100")
+    told = json.loads(out)
+    assert code == 0 and told["paper"]["top1_error"] == 22.42 and told["parameters"] == 23_765_588
+
+
+def test_predict_gives_probabilities(tamzoo, weights):
+    common = ("-m", "resnet20_tam.cifar10", "--weights", weights, "--json")
+    code, out, err = tamzoo("predict", PICTURES / "cat.jpg", PICTURES / "horse.jpg", *common, "--top", 10)
+    assert code == 0, err
+    found = json.loads(out)
+    assert [answer["image"] for answer in found] == [str(PICTURES / "cat.jpg"), str(PICTURES / "horse.jpg")]
+    assert sum(row["probability"] for row in found[0]["top"]) == pytest.approx(1, abs=1e-5)
+    code, out, _ = tamzoo("predict", PICTURES, *common)
+    assert code == 0 and len(json.loads(out)) == 5
+
+
+@pytest.mark.parametrize("flag", [None, "--uint8", "--keep-gates"])
+def test_an_exported_file_predicts_what_the_model_predicts(tamzoo, weights, tmp_path, flag):
+    path = tmp_path / "model.onnx"
+    flags = [flag] if flag else []
+    code, out, err = tamzoo("export", "resnet20_tam.cifar10", "--weights", weights, "-o", path, *flags)
+    assert code == 0, err
+    assert "same top-1 on 256" in out and path.is_file()
+    answers = []
+    for source in (("--onnx", path), ("-m", "resnet20_tam.cifar10", "--weights", weights)):
+        code, out, _ = tamzoo("predict", PICTURES / "cat.jpg", "--json", *source)
+        answers.append(json.loads(out)[0]["top"])
+    assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
+    for a, b in zip(*answers, strict=True):
+        assert a["probability"] == pytest.approx(b["probability"], abs=1e-3)
+
+
+def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
+    arguments = ("gates", "resnet20_tam.cifar10", "--weights", weights, "--images", 8)
+    code, out, _ = tamzoo(*arguments, "--json")
+    assert code == 0 and [gate["n"] for gate in json.loads(out)] == [8] * 9
+    code, out, _ = tamzoo(*arguments)
+    assert code == 0 and "layer3.2.se" in out and "8 crops of the shipped pictures and noise" in out
+
+
+# Bad input: one sentence, exit code 2, nothing written.
+
+
+def refused(answer, *words):
+    code, out, err = answer
+    assert code == 2, (out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_unknown_names_are_refused_with_the_nearest(tamzoo):
+    refused(tamzoo("info", "resnet50_tamm"), "no model 'resnet50_tamm'; nearest: resnet50_tam")
+    refused(tamzoo("predict", PICTURES, "-m", "resnet50_tam.cifar11"), "resnet50_tam has no tag 'cifar11'")
+    refused(tamzoo("gates", "resnet152_tam"), "resnet152_tam.cifar100 has no trained weights yet")
+
+
+def test_wrong_weights_are_refused(tamzoo, tmp_path, weights):
+    path = tmp_path / "x.safetensors"
+    command = ("predict", PICTURES, "-m", "resnet20_tam.cifar10", "--weights", path)
+    refused(tamzoo(*command), "expected a safetensors file, found nothing")
+    torch.save({"a": torch.zeros(1)}, path)
+    refused(tamzoo(*command), "expected safetensors, got a pickle")
+    path.write_bytes(weights.read_bytes()[:5000])
+    refused(tamzoo(*command), "not a whole safetensors file")
+    save_file({"a": torch.zeros(1)}, path)
+    refused(tamzoo(*command), "these weights are not of resnet20_tam.cifar10")
+
+
+def wrong_pictures(folder):
+    new = Image.new
+    new("RGB", (1, 1)).save(folder / "tiny.png")
+    new("I;16", (32, 32)).save(folder / "deep.png")
+    new("RGBA", (32, 32)).save(folder / "transparent.png")
+    new("CMYK", (32, 32)).save(folder / "press.jpg")
+    new("RGB", (32, 32)).save(
+        folder / "moving.gif", save_all=True, append_images=[new("RGB", (32, 32), "red")]
+    )
+    (folder / "text.jpg").write_text("text")
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny.png", "deep.png", "transparent.png", "press.jpg", "moving.gif", "text.jpg"]
+)
+def test_wrong_pictures_are_refused(tamzoo, tmp_path, weights, name):
+    wrong_pictures(tmp_path)
+    refused(tamzoo("predict", tmp_path / name, "-m", "resnet20_tam.cifar10", "--weights", weights), name)
+
+
+def test_an_empty_folder_is_refused(tamzoo, tmp_path):
+    refused(tamzoo("predict", tmp_path), "a folder without a picture")
+
+
+def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
+    arguments = ("export", "resnet20_tam.cifar10", "--weights", weights, "-o")
+    refused(tamzoo(*arguments, tmp_path / "missing" / "x.onnx"), "cannot write", "No such file or directory")
+    (tmp_path / "folder.onnx").mkdir()
+    refused(tamzoo(*arguments, tmp_path / "folder.onnx"), "folder.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_missing_data_is_told(tamzoo, tmp_path, monkeypatch):
+    monkeypatch.delenv("TAMZOO_DATA", raising=False)
+    refused(tamzoo("evaluate", "resnet20_tam.cifar10"), "pass --data DIR or set TAMZOO_DATA")
+    refused(tamzoo("evaluate", "resnet20_tam.cifar10", "--data", tmp_path / "x"), "found no such directory")
+    refused(tamzoo("gates", "resnet20_plain.cifar10"), "no trained weights")

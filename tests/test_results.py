@@ -1,0 +1,54 @@
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tamzoo.catalogue import ENTRIES
+from tamzoo.checkpoint import sha256_of
+from tamzoo.records import Record, read_record
+from tamzoo.registry import entry_folder
+from tamzoo.results import README_MARKS, record_of, results_csv, with_results
+
+ROOT = Path(__file__).parent.parent
+TRAINED = [entry for entry in ENTRIES.values() if entry.trained]
+
+
+def test_results_csv_comes_from_rows_and_records():
+    text = results_csv()
+    assert (ROOT / "results.csv").read_text() == text, "run: tamzoo results"
+    rows = {row["entry"]: row for row in csv.DictReader(text.splitlines())}
+    assert list(rows) == list(ENTRIES)
+    assert rows["resnet50_tam.cifar100"]["paper_params_m"] == "24.01"
+    assert rows["resnet50_tam.cifar100"]["params_m"] == "23.766"
+
+
+def test_the_readmes_table_comes_from_them_too():
+    readme = (ROOT / "README.md").read_text()
+    assert with_results(readme) == readme, "run: tamzoo results"
+    with pytest.raises(ValueError, match="the README lacks the marks"):
+        with_results("# nothing")
+    start, end = README_MARKS
+    assert with_results(f"a\n{start}\nold\n{end}\nb").startswith(f"a\n{start}\n| entry |")
+
+
+@pytest.mark.parametrize("entry", TRAINED, ids=lambda entry: entry.name)
+def test_row_record_and_file_of_a_trained_entry_agree(entry):
+    record = record_of(entry)
+    assert record and record.entry == entry.name and record.selection == "last epoch"
+    assert record.sha256 == entry.trained.sha256 and record.recipe["name"] == entry.trained.recipe
+    folder = entry_folder(entry.name)
+    assert folder and sha256_of(folder / "model.safetensors") == record.sha256
+    assert "dirty" not in record.commit and record.score.n == 10_000
+    assert all(gate.n == 10_000 for gate in record.gates)
+
+
+def test_a_record_survives_json_and_a_damaged_one_is_named(tmp_path):
+    record = record_of(TRAINED[0])
+    assert record and Record.from_json(record.to_json()) == record
+    path = tmp_path / "record.json"
+    for text in ("", "[]", "{}", record.to_json()[:-10], record.to_json().replace('"seed"', '"sed"')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="record.json: expected a training record"):
+            read_record(path)
+    assert dataclasses.replace(record, seed=1) != record
