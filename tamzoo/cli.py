@@ -1,11 +1,13 @@
 """The commands; the only room that prints."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from tamzoo.progress import Moment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,41 +26,85 @@ def _root() -> None:
     """Tree-structured attention models: list, predict, measure gates, fold, export, train."""
 
 
+class _RunBar:
+    """A live line for a training run on a terminal; nothing where the output is a file."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(stderr=True)
+        columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[told]}"))
+        self._seen = console.is_terminal
+        self._bar = Progress(
+            *columns, console=console, transient=True, redirect_stdout=False, disable=not self._seen
+        )
+        self._task = self._bar.add_task("", told="")
+
+    def watch(self, moment: "Moment") -> None:
+        if not self._seen:
+            return
+        minutes, seconds = divmod(int(moment.eta_s), 60)
+        told = f"loss {moment.loss:.3f}  {moment.images_per_s:,.0f} images/s  {minutes}:{seconds:02d} left"
+        place = f"Epoch {moment.epoch}/{moment.epochs}"
+        self._bar.start()
+        self._bar.update(self._task, description=place, completed=moment.step, total=moment.steps, told=told)
+
+    def say(self, line: str) -> None:
+        self.close()
+        print(line, flush=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="Entry, for instance resnet18_tam.cifar10.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run that is there is resumed.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; with --queue, of the runs.")],
+    name: Annotated[str | None, typer.Argument(help="Entry, for instance resnet18_tam.cifar10.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with parquet shards (default: $TAMZOO_DATA).")
+        Path | None, typer.Option(help="Folder with the data, or hub to download it (default: $TAMZOO_DATA).")
     ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe row.")] = "short",
     epochs: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
     seed: int = 0,
     precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: by device).")] = None,
     time_budget: Annotated[float, typer.Option(help="Seconds; a later call goes on.")] = float("inf"),
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out, or start it.")] = False,
+    queue: Annotated[bool, typer.Option(help="The next entries without weights, each resumed.")] = False,
+    only: Annotated[str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.*'.")] = "*",
+    compile: Annotated[bool | None, typer.Option(help="torch.compile (default: on CUDA).")] = None,
 ) -> None:
-    """Train an entry, resuming what is in the folder."""
-    import torch
+    """Train an entry or the queue; under torchrun, on several processes."""
+    from tamzoo.distributed import join
+    from tamzoo.progress import SILENT, Voice
+    from tamzoo.session import Order, train_entries, waiting
 
-    from tamzoo.catalogue import ENTRIES
-    from tamzoo.data import data_directory, load_split
-    from tamzoo.recipes import RECIPES
-    from tamzoo.train import Run
+    if (name is None) != queue:
+        raise ValueError("pass either the name of an entry or --queue")
+    folders = {name: out} if name else {waits: out / waits for waits in waiting(out, only)}
+    order = Order(
+        recipe=recipe, epochs=epochs, seed=seed, precision=precision, resume=resume or queue, compiled=compile
+    )
+    bar = _RunBar()
+    with join() as world:
+        voice = Voice(say=bar.say, bar=_bar, watch=bar.watch) if world.first else SILENT
+        try:
+            train_entries(folders, order, data, time_budget, world, voice)
+        finally:
+            bar.close()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    entry, row, folder = ENTRIES[name], RECIPES[recipe], data_directory(data)
-    if epochs is not None:
-        row = replace(row, epochs=epochs)
-    splits = [load_split(folder, entry.dataset, split, _bar).to(device) for split in ("train", "test")]
-    precision = precision or ("bfloat16" if device.type == "cuda" else "float32")
-    run = Run(entry, row, *splits, out=out, seed=seed, precision=precision)
-    print(f"{entry.name}: {row.epochs} epochs of recipe {row.name}, {precision} on {device}")
-    done = run.train(time_budget, _bar, lambda epoch: print(epoch, flush=True))
-    if not done:
-        print(f"stopped after epoch {run.epoch} of {row.epochs}; the same command goes on")
-        return
-    score = run.finish(_bar).score
-    print(f"{entry.name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture: .png, .svg or .pdf.")],
+) -> None:
+    """Draw test error against epoch, a line a run."""
+    from tamzoo.plots import plot_error
+
+    plot_error(runs, out)
+    print(out)
 
 
 def main() -> None:
