@@ -44,11 +44,12 @@ def augment(pixels: Tensor, draws: Tensor, recipe: Recipe, dataset: Dataset) -> 
     taken_columns = left + torch.where(flip == 1, w - 1 - columns, columns)  # (n, w) in the padded image
     padded = pad(pixels, (recipe.crop_padding,) * 4)
     taken = padded[image, :, (top + rows).unsqueeze(2), taken_columns.unsqueeze(1)]  # (n, h, w, c)
-    x = normalise(taken.permute(0, 3, 1, 2), dataset)
+    # indexing leaves any order in memory: settled while a pixel is one byte
+    x = normalise(taken.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last), dataset)
     if recipe.cutout:
         row, column = rows - hole_row + recipe.cutout // 2, columns - hole_column + recipe.cutout // 2
         hole = ((row >= 0) & (row < recipe.cutout)).unsqueeze(2) & (
             (column >= 0) & (column < recipe.cutout)
         ).unsqueeze(1)  # (n, h, w)
-        x = x.masked_fill(hole.unsqueeze(1), 0.0)
+        x.masked_fill_(hole.unsqueeze(1), 0.0)  # in place, since the copying one forgets the memory format
     return x

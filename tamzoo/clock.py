@@ -8,7 +8,7 @@ class Clock:
 
     Args:
         budget: Seconds of wall time, the last snapshot included.
-        snapshot_seconds: Between two snapshots; more where one costs over a twentieth of that.
+        snapshot_seconds: Between two snapshots.
     """
 
     def __init__(self, budget: float, snapshot_seconds: float) -> None:
@@ -17,7 +17,7 @@ class Clock:
         self._cost = 0.0  # seconds that the last snapshot took
 
     def snapshot_due(self) -> bool:
-        return time.monotonic() - self._last > max(self.snapshot_seconds, 20 * self._cost)
+        return time.monotonic() - self._last >= self.snapshot_seconds
 
     def snapshot_ended(self, began: float) -> None:
         """Tells when, by time.monotonic, a snapshot that has just ended began."""

@@ -123,8 +123,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         var = _Sum.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None and self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked.add_(1)  # pyright: ignore[reportOptionalMemberAccess]
+            self.num_batches_tracked.add_(1)
         scale = self.weight * (var + self.eps).rsqrt()
         return centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)

@@ -55,11 +55,12 @@ class Journal:
     def log(self, row: dict[str, float]) -> None:
         """Adds an epoch to log.csv; later ones, of a session that was lost, go."""
         path = self.folder / "log.csv"
+        before = read_log(self.folder) if path.exists() else []
+        rows = [*(old for old in before if old["epoch"] < row["epoch"]), row]
         with whole_file(path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_FIELDS, lineterminator="\n")
-            writer.writeheader()
-            before = read_log(self.folder) if path.exists() else []
-            writer.writerows([*(old for old in before if old["epoch"] < row["epoch"]), row])
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(LOG_FIELDS)
+            writer.writerows([[row[name] for name in LOG_FIELDS] for row in rows])
         self._to_tensorboard(row)
 
     def _to_tensorboard(self, row: dict[str, float]) -> None:

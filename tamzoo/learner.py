@@ -41,7 +41,8 @@ class Learner:
         self.recipe, self.dataset, self.seed, self.world = recipe, entry.dataset, seed, world
         self._dtype = PRECISIONS[precision]
         torch.manual_seed(seed)
-        self.model = timm.create_model(entry.name).to(world.device, memory_format=torch.channels_last)
+        self.model = timm.create_model(entry.name).to(world.device)
+        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
         self._forward = self._full_forward = world.spread(self.model)
         if compiled:

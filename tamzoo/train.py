@@ -250,9 +250,9 @@ class Run:
         """Stores the weights in float16, evaluates that very file, and writes the record."""
         path = self.out / "model.safetensors"
         sha256 = save_weights(path, self.learner.kept.state_dict())
-        model: nn.Module = timm.create_model(self.entry.name)
+        model: nn.Module = timm.create_model(self.entry.name).eval()
         load_weights(model, path, self.entry.name)
-        model = model.to(self.device, memory_format=torch.channels_last).eval()
+        model.to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         record = Record(
             entry=self.entry.name,
             data=f"{self.entry.dataset.title} train",
