@@ -6,7 +6,7 @@ errors are of the best test epoch; ours, in the records, are of the last.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -32,12 +32,19 @@ class Dataset:
     crop_pct: float = 1.0
     hub_id: str = ""  # of the data set
     hub_revision: str = ""
+    hub_folder: str = ""  # of the shards in the Hub's repository
     label_column: str = ""
     image_column: str = ""
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)  # images a class, by split
+    pixel_mean: tuple[float, ...] = ()  # of the training set, where `mean` does not say it
+    pixel_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"{self.tag}: {self.num_classes} classes, but {len(self.class_names)} names")
+        for split, counts in self.counts.items():
+            if len(counts) != self.num_classes:
+                raise ValueError(f"{self.tag}: {self.num_classes} classes, but {len(counts)} {split} counts")
 
 
 # The order is the order in which a bare model name looks for weights.
@@ -54,8 +61,11 @@ DATASETS = {
             mean=(0.5071, 0.4865, 0.4409),
             std=(0.2673, 0.2564, 0.2762),
             hub_id="uoft-cs/cifar100",
+            hub_revision="aadb3af77e9048adbea6b47c21a81e47dd092ae5",
+            hub_folder="cifar100",
             image_column="img",
             label_column="fine_label",
+            counts={"train": (500,) * 100, "test": (100,) * 100},
         ),
         Dataset(
             tag="cifar10",
@@ -67,8 +77,11 @@ DATASETS = {
             mean=(0.4914, 0.4822, 0.4465),
             std=(0.2470, 0.2435, 0.2616),
             hub_id="uoft-cs/cifar10",
+            hub_revision="0b2714987fa478483af9968de7c934580d0bb9a2",
+            hub_folder="plain_text",
             image_column="img",
             label_column="label",
+            counts={"train": (5000,) * 10, "test": (1000,) * 10},
         ),
         Dataset(
             tag="svhn",
@@ -80,8 +93,16 @@ DATASETS = {
             mean=(0.0, 0.0, 0.0),  # section 3.3: only scaled to [0, 1]
             std=(1.0, 1.0, 1.0),
             hub_id="ufldl-stanford/svhn",
+            hub_revision="main",  # not pinned yet: only the short hash f9e1717 (2024-08-08) is known
+            hub_folder="cropped_digits",
             image_column="image",
             label_column="label",
+            counts={
+                "train": (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
+                "test": (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
+            },
+            pixel_mean=(0.4377, 0.4438, 0.4728),
+            pixel_std=(0.1980, 0.2010, 0.1970),
         ),
         Dataset(
             tag="untrained_in1k",
@@ -318,3 +339,18 @@ def _entry(backbone: str, attention: str, tag: str, paper: PaperCell | None) -> 
 
 
 ENTRIES = {entry.name: entry for entry in (_entry(*row) for row in _rows())}
+
+
+def _queue() -> Iterator[str]:
+    """TAM first, since it is what the zoo is for; then what it is compared with; SVHN and ours last."""
+    order = (("resnet18", "cifar10"), ("resnet18", "cifar100"))
+    for backbone in ("resnet50", "wrn16_8", "resnext50_32x4d", "resnet101"):
+        order += ((backbone, "cifar100"), (backbone, "cifar10"))
+    for attention in ("tam", "plain", "se", "cbam"):
+        yield from (f"{backbone}_{attention}.{tag}" for backbone, tag in order)
+    for attention in ("tam", "plain", "se"):
+        yield from (f"{backbone}_{attention}.svhn" for backbone in _TABLE_2)
+    yield from (f"{backbone}_{attention}.{tag}" for backbone, attention, tag in _OURS)
+
+
+QUEUE = tuple(_queue())  # names of entries in the order in which they are trained

@@ -1,22 +1,25 @@
-"""CIFAR and SVHN as tensors, and augmentation on the device that trains."""
+"""CIFAR and SVHN as tensors: checked, decoded once, cached."""
 
-import io
+import hashlib
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Generator, Tensor
-from torch.nn.functional import pad
+from torch import Tensor
 
 from tamzoo.catalogue import Dataset
+from tamzoo.checkpoint import whole_file
 from tamzoo.progress import Progress, silent
-from tamzoo.recipes import Recipe
+from tamzoo.sources import ROW, SIDE, Source, fetch_from_hub, find_source
 
-SIZES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (73_257, 26_032)}  # train, test
+HUB = Path("hub")  # in place of a directory: the data set's own repository on the Hub
+TOLERANCE = 1e-3  # of mean and standard deviation, pixels in [0, 1]; the known ones have four digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,125 +44,133 @@ class Split:
 
 
 def data_directory(given: Path | None) -> Path:
-    """The directory that holds the data sets: the one given, else the environment's TAMZOO_DATA.
+    """Where the data sets are: the directory given, else the environment's TAMZOO_DATA; `hub` for the Hub.
 
     Raises:
         ValueError: neither is there, or it is no directory.
     """
     if given is None and not os.environ.get("TAMZOO_DATA"):
         raise ValueError(
-            "no data directory: pass --data DIR or set TAMZOO_DATA to one that holds parquet shards"
+            "no data directory: pass --data DIR or set TAMZOO_DATA to one that holds CIFAR or SVHN, "
+            "or pass --data hub to download them"
         )
     found = given or Path(os.environ["TAMZOO_DATA"])
-    if not found.is_dir():
-        raise ValueError(f"{found}: expected a directory with parquet shards, found no such directory")
+    if found != HUB and not found.is_dir():
+        raise ValueError(f"{found}: expected a directory with CIFAR or SVHN, found no such directory")
     return found
 
 
+def cache_folder() -> Path:
+    """Where decoded data and compiled kernels are kept: TAMZOO_CACHE, else the platform's own place."""
+    if given := os.environ.get("TAMZOO_CACHE"):
+        return Path(given)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "tamzoo" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tamzoo"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tamzoo"
+
+
 def load_split(directory: Path, dataset: Dataset, split: str, progress: Progress = silent) -> Split:
-    """Decodes a split from parquet shards in the Hub's layout (`train-*.parquet`, `test-*.parquet`).
+    """A split from any of the files it comes in, checked against what is published of it.
+
+    The first load decodes it into the cache, from where later ones map it into memory.
 
     Args:
-        directory: The shards' folder, or one that holds it under the data set's tag.
+        directory: As in `find_source`; `hub` downloads it.
         split: "train" or "test".
     Raises:
-        ValueError: no shards, a damaged shard, a missing column, or another number of images than published.
+        ValueError: no such files, a damaged one, or other images than the published ones; names the file.
     """
-    shards = sorted(
-        path for folder in (directory / dataset.tag, directory) for path in folder.glob(f"{split}-*.parquet")
-    )
-    if not shards:
-        raise ValueError(f"{directory}: expected {split}-*.parquet there or in {dataset.tag}/, found none")
-    encoded, labels, jpeg = [], [], 0
-    for shard in shards:
-        table = _read_shard(shard, dataset)
-        encoded += [(image["bytes"], shard) for image in table[dataset.image_column].to_pylist()]
-        labels += table[dataset.label_column].to_pylist()
-        if "source" in table.column_names:
-            jpeg += table["source"].to_pylist().count("jpeg")
-    expected = SIZES[dataset.tag][split == "test"]
-    if len(labels) != expected:
-        raise ValueError(
-            f"{shards[0].parent}: {dataset.title} has {expected} {split} images, found {len(labels)}"
+    if directory == HUB and not directory.is_dir():
+        directory = fetch_from_hub(dataset, split)
+    source = find_source(directory, dataset, split)
+    cached = cache_folder() / f"{dataset.tag}-{split}-{_key(source)}.npy"
+    rows = _from_cache(cached, dataset, split)
+    if rows is None:
+        rows = np.concatenate([source.read(path, dataset, progress) for path in source.files])
+        check_rows(
+            rows, dataset, split, source.files[0] if len(source.files) == 1 else source.files[0].parent
         )
-    pixels = np.empty((expected, 32, 32, 3), dtype=np.uint8)
-    for index, (data, shard) in enumerate(progress(encoded, f"Decoding {dataset.title} {split}")):
-        pixels[index] = _decode(data, f"{shard}, image {index}")
+        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(cached) as part, part.open("wb") as file:
+                np.save(file, rows)
+    jpeg = int(rows[:, 1].sum(dtype=np.int64))
+    pixels = torch.from_numpy(rows[:, 2:].reshape(-1, SIDE, SIDE, 3))
     return Split(
-        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2),  # (n, h, w, c) -> (n, c, h, w)
-        labels=torch.tensor(labels),
-        note=f"{jpeg} of {expected} {split} images from JPEG" if jpeg else "",
+        pixels=pixels.permute(0, 3, 1, 2),  # (n, h, w, c) -> (n, c, h, w)
+        labels=torch.from_numpy(rows[:, 0].astype(np.int64)),
+        note=f"{jpeg} of {len(rows)} {split} images from JPEG" if jpeg else "",
     )
 
 
-def _read_shard(shard: Path, dataset: Dataset):
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ValueError("reading parquet needs pyarrow; pip install 'tamzoo[train]'") from error
-    try:
-        table = parquet.read_table(shard)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{shard}: not a whole parquet file ({error}); fetch it again") from error
-    missing = {dataset.image_column, dataset.label_column} - set(table.column_names)
-    if missing:
-        raise ValueError(
-            f"{shard}: no column {', '.join(sorted(missing))}, found {', '.join(table.column_names)}"
-        )
-    return table
+def _key(source: Source) -> str:
+    """Changes with the files' names, sizes and times, and with the layout of a row."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
+    return hashlib.sha256(repr((ROW, files)).encode()).hexdigest()[:16]
 
 
-def _decode(data: bytes, place: str) -> np.ndarray:
+def _from_cache(path: Path, dataset: Dataset, split: str) -> np.ndarray | None:
+    """The rows of an earlier load, mapped copy-on-write; None where there are none or they are damaged."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            array = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{place}: not an image ({error})") from error
-    if array.shape != (32, 32, 3):
-        raise ValueError(f"{place}: expected 32x32 RGB, got {array.shape[1]}x{array.shape[0]}")
-    return array
+        rows = np.load(path, mmap_mode="c", allow_pickle=False)
+        check_rows(rows, dataset, split, path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return rows
+
+
+def check_rows(rows: np.ndarray, dataset: Dataset, split: str, place: Path) -> None:
+    """Sees that rows are the published split.
+
+    Args:
+        place: What a message names.
+    Raises:
+        ValueError: other counts per class than published, or, of a training split, another mean or
+            standard deviation by more than 0.001.
+    """
+    if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != ROW:
+        raise ValueError(f"{place}: expected uint8 rows of {ROW}, got {rows.dtype} {rows.shape}")
+    found, expected = np.bincount(rows[:, 0], minlength=dataset.num_classes), dataset.counts[split]
+    if len(rows) != sum(expected):
+        raise ValueError(f"{place}: {dataset.title} has {sum(expected)} {split} images, found {len(rows)}")
+    for label, (count, published) in enumerate(zip(found, expected, strict=True)):
+        if count != published:
+            raise ValueError(
+                f"{place}: {dataset.title} has {published} {split} images of class {label}, found {count}"
+            )
+    if split != "train":
+        return
+    known = (dataset.pixel_mean or dataset.mean, dataset.pixel_std or dataset.std)
+    for name, values, published in zip(("mean", "std"), _mean_and_std(rows), known, strict=True):
+        if np.abs(values - np.asarray(published)).max() > TOLERANCE:
+            told = " ".join(f"{value:.4f}" for value in values)
+            raise ValueError(f"{place}: expected {dataset.title} of {name} {published}, found {told}")
+
+
+def _mean_and_std(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each channel, pixels in [0, 1]; from histograms, so exact and without a float copy."""
+    levels = np.arange(256) / 255
+    counts = np.stack([np.bincount(rows[:, 2 + c :: 3].reshape(-1), minlength=256) for c in range(3)])
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ levels
+    return mean, np.sqrt(share @ levels**2 - mean**2)
+
+
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept on the device: making it anew for each batch would wait for the device."""
+    with torch.inference_mode(False):  # whoever asks first, training uses it too
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def normalise(pixels: Tensor, dataset: Dataset) -> Tensor:
     """uint8 (n, 3, h, w) -> float32 (n, 3, h, w), with the data set's mean and standard deviation."""
-    mean = torch.tensor(dataset.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(dataset.std, device=pixels.device).view(3, 1, 1)
+    mean, std = _constant(dataset.mean, pixels.device), _constant(dataset.std, pixels.device)
     return (pixels.float() / 255 - mean) / std
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """A split in order, in (n, 3, h, w) uint8 and (n,) int64; the last batch may be smaller."""
     return zip(split.pixels.split(size), split.labels.split(size), strict=True)
-
-
-def augment(pixels: Tensor, recipe: Recipe, dataset: Dataset, generator: Generator) -> Tensor:
-    """Random crop, flip and cutout, each image on its own, then normalisation.
-
-    Args:
-        pixels: uint8 (n, 3, h, w).
-        generator: On the device of `pixels`.
-    Returns:
-        float32 (n, 3, h, w), channels last in memory. Cut-out pixels are 0, the mean colour.
-    """
-    n, _, h, w = pixels.shape
-    device, margin = pixels.device, recipe.crop_padding
-
-    def draw(high: int) -> Tensor:  # (n, 1), one number an image
-        return torch.randint(high, (n, 1), generator=generator, device=device)
-
-    rows = torch.arange(h, device=device) + draw(2 * margin + 1)  # (n, h) in the padded image
-    columns = torch.arange(w, device=device).expand(n, w)
-    if recipe.flip:
-        columns = torch.where(draw(2) == 1, w - 1 - columns, columns)
-    columns = columns + draw(2 * margin + 1)
-    padded = pad(pixels, (margin,) * 4)
-    image = torch.arange(n, device=device).view(n, 1, 1)
-    taken = padded[image, :, rows.unsqueeze(2), columns.unsqueeze(1)]  # (n, h, w, c)
-    x = normalise(taken.permute(0, 3, 1, 2), dataset)
-    if recipe.cutout:
-        half = recipe.cutout // 2
-        near_row = (torch.arange(h, device=device) - draw(h) + half).unsqueeze(2)  # (n, h, 1)
-        near_column = (torch.arange(w, device=device) - draw(w) + half).unsqueeze(1)  # (n, 1, w)
-        inside = [(near >= 0) & (near < recipe.cutout) for near in (near_row, near_column)]
-        x = x.masked_fill((inside[0] & inside[1]).unsqueeze(1), 0.0)
-    return x

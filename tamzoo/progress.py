@@ -1,6 +1,7 @@
 """How long loops tell where they are: the rooms stay silent, `cli` passes a bar."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -9,3 +10,35 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
     """The items as they are."""
     return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where a training run is."""
+
+    epoch: int  # 1, 2, ...
+    epochs: int
+    step: int  # done, of the whole run
+    steps: int
+    loss: float  # of a step shortly before
+    images_per_s: float  # of this session
+    eta_s: float
+
+
+Watch = Callable[[Moment], None]
+
+
+def unwatched(moment: Moment) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voice:
+    """How a session of training speaks."""
+
+    say: Callable[[str], None]  # a line to keep
+    bar: Progress = silent
+    watch: Watch = unwatched
+
+
+SILENT = Voice(say=lambda line: None)

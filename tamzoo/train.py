@@ -1,50 +1,54 @@
-"""The training loop: seeded, resumable at any epoch, last epoch kept.
+"""A training run: seeded, stoppable and resumable at any step, last epoch kept.
 
-Everything random is a function of (seed, step), so a checkpoint needs no generator state: a run that
+Everything random is a function of (seed, step), so a snapshot needs no generator state: a run that
 was stopped and resumed ends with the very weights of one that was not.
 """
 
-import csv
-import json
-import os
-import platform
-import subprocess
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from tamzoo.catalogue import Entry
-from tamzoo.checkpoint import load_weights, save_weights, whole_file, write_whole
-from tamzoo.data import Split, augment
+from tamzoo.checkpoint import load_weights, save_weights, write_whole
+from tamzoo.clock import Clock
+from tamzoo.data import Split, batches, normalise
+from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
-from tamzoo.progress import Progress, silent
+from tamzoo.gates import gates_of, measure_gates, remember_gates
+from tamzoo.journal import LOG_FIELDS, Journal, hardware, versions
+from tamzoo.learner import Learner, seed_of
+from tamzoo.progress import Moment, Progress, Watch, silent, unwatched
 from tamzoo.recipes import Recipe
 from tamzoo.records import Record
+from tamzoo.snapshots import keep_newest, load_snapshot, newest, save_snapshot
 
-LOG_FIELDS = ("epoch", "lr", "train_loss", "test_top1_error", "seconds")
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+STEPS_PER_LOOK = 8  # between two looks at the loss on CUDA, and at the clock where ranks must agree
+logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One training run in one folder: `log.csv`, `checkpoint.safetensors`, at the end weights and record.
+    """One training run in one folder: run.json, log.csv, snapshots; at the end weights and record.
 
     Args:
         entry: What is trained.
         train: Training split, on the device that trains.
         test: Test split, watched but never selected on.
+        out: Folder of the run; made where missing.
         precision: "float32", or "bfloat16" for autocast.
-        out: Folder of the run; made where missing. A run that is there already is resumed.
+        resume: Go on with the run in the folder, where there is one.
+        compiled: Whether torch.compile makes the step; by default on CUDA.
+        snapshot_seconds: Between two snapshots.
+        world: The processes that train together.
     Raises:
-        ValueError: the folder holds a run with another recipe, seed or entry.
+        ValueError: the folder holds another run, or this one and `resume` is not set; its snapshots are
+            damaged; or the data cannot be split over the ranks.
     """
 
     def __init__(
@@ -57,164 +61,205 @@ class Run:
         out: Path,
         seed: int = 0,
         precision: str,
+        resume: bool = False,
+        compiled: bool | None = None,
+        snapshot_seconds: float = 60.0,
+        world: World | None = None,
     ) -> None:
         self.entry, self.recipe, self.seed, self.precision, self.out = entry, recipe, seed, precision, out
         self.train_split, self.test_split = train, test
         self.device = train.labels.device
-        torch.manual_seed(seed)
-        self.model = timm.create_model(entry.name).to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self.world = world or World(device=self.device)
+        self.snapshot_seconds = snapshot_seconds
         self.steps_per_epoch = -(-len(train) // recipe.batch_size)
-        self.epoch, self.seconds = 0, 0.0
-        out.mkdir(parents=True, exist_ok=True)
-        self._identify()
-        if self.checkpoint.exists():
-            self._resume()
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / "checkpoint.safetensors"
-
-    def _identify(self) -> None:
-        wanted = {"entry": self.entry.name, "seed": self.seed, "recipe": asdict(self.recipe)}
-        wanted = json.loads(json.dumps(wanted))
-        path = self.out / "run.json"
-        if not path.exists():
-            write_whole(path, json.dumps(wanted, indent=2) + "\n")
-        elif (found := json.loads(path.read_text())) != wanted:
+        self.steps = recipe.epochs * self.steps_per_epoch
+        self.step, self.seconds = 0, 0.0  # done, and the wall time it took
+        self._saved_step = -1
+        last = len(train) - (self.steps_per_epoch - 1) * recipe.batch_size
+        if last < self.world.size:
             raise ValueError(
-                f"{self.out} holds another run ({found['entry']}, seed {found['seed']}); choose another --out"
+                f"the last batch of an epoch has {last} images, too few for {self.world.size} processes"
             )
+        compiled = compiled if compiled is not None else self.device.type == "cuda"
+        self.learner = Learner(
+            entry, recipe, seed=seed, precision=precision, compiled=compiled, world=self.world
+        )
+        if self.world.first:
+            self.journal = Journal(
+                out, entry=entry.name, recipe=recipe, seed=seed, precision=precision, resume=resume
+            )
+        self._losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of this epoch, by step
+        # read without waiting for the device: it shows a loss of some steps before
+        self._seen = torch.zeros((), pin_memory=self.device.type == "cuda")
+        self._restore()
 
-    def _momenta(self) -> dict[str, Tensor]:
-        return {
-            f"momentum.{name}": self.optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in self.model.named_parameters()
-        }
+    def _state(self) -> dict[str, Tensor]:
+        return self.learner.state() | {"losses": self._losses}
+
+    def _restore(self) -> None:
+        """Takes up the newest whole snapshot, where there is one; all ranks take the first one's."""
+        state, place = self._state(), torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.world.first and (found := load_snapshot(self.out)):
+            tensors, told = found
+            if {name: value.shape for name, value in tensors.items()} != {
+                name: value.shape for name, value in state.items()
+            }:
+                raise ValueError(f"{self.out}: its snapshots are of another model; choose another --out")
+            for name, value in state.items():
+                value.copy_(tensors[name])
+            place.copy_(torch.tensor([float(told["step"]), float(told["seconds"])], dtype=torch.float64))
+            self._saved_step = int(told["step"])
+        self.world.from_first([place, *state.values()])
+        self.step, self.seconds = int(place[0].item()), place[1].item()
 
     def save(self) -> None:
-        """Writes the checkpoint, whole or not at all."""
-        tensors = {
-            f"model.{name}": value for name, value in self.model.state_dict().items()
-        } | self._momenta()
-        told = {"epoch": str(self.epoch), "seconds": str(self.seconds)}
-        with whole_file(self.checkpoint) as part:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata=told)
+        """Writes a snapshot, whole or not at all.
 
-    def _resume(self) -> None:
+        Raises:
+            OSError: it cannot be written; the one before is kept.
+            ValueError: the run has come to numbers that are not finite.
+        """
+        if not self.world.first:
+            return
+        self._check_losses()
         try:
-            with safe_open(self.checkpoint, framework="pt", device=str(self.device)) as file:
-                told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{self.checkpoint}: damaged ({error}); delete it to start again") from error
-        self.model.load_state_dict(
-            {
-                name.removeprefix("model."): value
-                for name, value in tensors.items()
-                if name.startswith("model.")
-            }
-        )
-        for name, parameter in self.model.named_parameters():
-            # clone: the optimizer's kernels want memory laid out as the parameter is
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                tensors[f"momentum.{name}"]
+            save_snapshot(self.out, self.step, self._state(), {"seconds": str(self.seconds)})
+        except ValueError as error:
+            raise ValueError(f"training failed: {error}; {self._last_good()}") from error
+        self._saved_step = self.step
+
+    def _last_good(self) -> str:
+        path = newest(self.out)
+        return f"the last good snapshot is {path}" if path else "there is no snapshot yet"
+
+    def _check_losses(self) -> None:
+        bad = [index for index, loss in enumerate(self._losses.tolist()) if not isfinite(loss)]
+        if bad:
+            epoch = (self.step - 1) // self.steps_per_epoch
+            raise ValueError(
+                f"the loss is not finite from step {epoch * self.steps_per_epoch + bad[0] + 1} on "
+                f"(epoch {epoch + 1}); {self._last_good()}"
             )
-        self.epoch, self.seconds = int(told["epoch"]), float(told["seconds"])
 
     def train(
         self,
         time_budget: float = float("inf"),
-        progress: Progress = silent,
-        report: Callable[[dict], None] = lambda row: None,
+        watch: Watch = unwatched,
+        report: Callable[[dict[str, float]], None] = lambda row: None,
     ) -> bool:
-        """Trains until the recipe's end, or until the budget does not hold another epoch.
+        """Trains to the recipe's end, or until the budget is spent, and leaves a snapshot.
 
         Args:
-            time_budget: Seconds of wall time.
+            time_budget: Seconds of wall time, snapshots and the watched test error included.
+            watch: Called at each look at the loss.
             report: Called with each epoch's row of the log.
         Returns:
             Whether the recipe's end is reached.
+        Raises:
+            ValueError: a loss is not finite; names the step and the last good snapshot.
+            OSError: the folder cannot be written.
         """
-        started = time.monotonic()
-        while self.epoch < self.recipe.epochs:
-            began = time.monotonic()
-            loss = self._epoch(progress)
-            self.epoch += 1
-            self.seconds += time.monotonic() - began
+        self._clock = Clock(time_budget, self.snapshot_seconds)
+        self._begun = self.step, self.seconds  # of this session
+        while self.step < self.steps and not self._must_stop():
+            if self._epoch(watch) and self.world.first:
+                report(self._finish_epoch())
+        if self._saved_step != self.step:
             self.save()
-            self.model.eval()
-            error = evaluate(self.model, self.test_split, self.entry.dataset).top1_error
-            lr = self.recipe.lr_at((self.epoch * self.steps_per_epoch - 1) / self._total_steps)
-            row = dict(zip(LOG_FIELDS, (self.epoch, lr, loss, error, round(self.seconds, 1)), strict=True))
-            self._log(row)
-            report(row)
-            left = time_budget - (time.monotonic() - started)
-            if self.epoch < self.recipe.epochs and left < 1.1 * (time.monotonic() - began):
+        if self.world.first:
+            self.journal.close()
+        return self.step == self.steps
+
+    def _must_stop(self) -> bool:
+        """Whether the budget is spent; writes a snapshot where one is due."""
+        if self.world.first and self._saved_step != self.step and self._clock.snapshot_due():
+            began = time.monotonic()
+            try:
+                self.save()
+            except OSError as error:  # the run may outlive a full disk
+                logger.warning("%s; going on with the snapshot before", error)
+            self._clock.snapshot_ended(began)
+        if self.world.size > 1 and self.step % STEPS_PER_LOOK:
+            return False
+        return self.world.first_says(self._clock.spent())
+
+    def _images_per_s(self) -> float:
+        """Of this session."""
+        step, seconds = self._begun
+        return (self.step - step) * self.recipe.batch_size / max(self.seconds - seconds, 1e-9)
+
+    def _epoch(self, watch: Watch) -> bool:
+        """Trains to the epoch's end, where the clock lets it; says whether it got there."""
+        self.learner.model.train()
+        epoch, begin = divmod(self.step, self.steps_per_epoch)
+        if not begin:
+            self._losses.zero_()
+        order = torch.Generator().manual_seed(seed_of(self.seed, epoch, salt=1))
+        permutation = torch.randperm(len(self.train_split), generator=order).to(self.device)
+        started, seconds = time.monotonic(), self.seconds
+        for index, chosen in enumerate(permutation.split(self.recipe.batch_size)):
+            if index < begin:
+                continue
+            lr = self.recipe.lr_at(self.step / self.steps)
+            self._losses[index] = self.learner.learn(self.train_split, chosen, self.step, lr)
+            self.step += 1
+            self.seconds = seconds + time.monotonic() - started
+            if self.device.type == "cpu" or index % STEPS_PER_LOOK == 0:
+                self._look(index, watch)
+            if index + 1 < self.steps_per_epoch and self._must_stop():
                 return False
         return True
 
-    @property
-    def _total_steps(self) -> int:
-        return self.recipe.epochs * self.steps_per_epoch
+    def _look(self, index: int, watch: Watch) -> None:
+        self._seen.copy_(self._losses[index], non_blocking=True)
+        loss = float(self._seen.numpy())
+        if not isfinite(loss):
+            self._check_losses()
+        moment = Moment(
+            epoch=(self.step - 1) // self.steps_per_epoch + 1,
+            epochs=self.recipe.epochs,
+            step=self.step,
+            steps=self.steps,
+            loss=loss,
+            images_per_s=self._images_per_s(),
+            eta_s=(self.steps - self.step) * self._clock.elapsed() / (self.step - self._begun[0]),
+        )
+        watch(moment)
 
-    def _epoch(self, progress: Progress) -> float:
-        """Trains one epoch and returns its mean loss."""
-        self.model.train()
-        order = torch.Generator().manual_seed(_mix(self.seed, self.epoch, salt=1))
-        permutation = torch.randperm(len(self.train_split), generator=order).to(self.device)
-        generator = torch.Generator(self.device)
-        total = torch.zeros((), device=self.device)
-        first = self.epoch * self.steps_per_epoch
-        chunks = list(permutation.split(self.recipe.batch_size))
-        for step, chosen in enumerate(
-            progress(chunks, f"Epoch {self.epoch + 1}/{self.recipe.epochs}"), start=first
-        ):
-            generator.manual_seed(_mix(self.seed, step, salt=2))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.lr_at(step / self._total_steps)
-            pixels, labels = self.train_split.pixels[chosen], self.train_split.labels[chosen]
-            x = augment(pixels, self.recipe, self.entry.dataset, generator)
-            dtype = PRECISIONS[self.precision]
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                logits = self.model(x)
-            loss = cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            total += loss.detach() * len(chosen)
-        mean = total.item() / len(self.train_split)
-        if mean != mean:
-            raise ValueError(
-                f"the loss of epoch {self.epoch + 1} is NaN; the checkpoint of the epoch before is kept"
-            )
-        return mean
-
-    def _log(self, row: dict) -> None:
-        path = self.out / "log.csv"
-        rows = []
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = [old for old in csv.DictReader(file) if int(old["epoch"]) < row["epoch"]]
-        with whole_file(path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*rows, row])
+    def _finish_epoch(self) -> dict[str, float]:
+        """Logs an epoch: mean loss of the first rank's share of the batches, error on the test split."""
+        self._check_losses()
+        sizes = torch.full((self.steps_per_epoch,), self.recipe.batch_size, dtype=torch.float64)
+        sizes[-1] -= sizes.sum() - len(self.train_split)
+        loss = (self._losses.double().cpu() @ sizes).item() / len(self.train_split)
+        self.learner.kept.eval()
+        with self.learner.autocast():
+            error = evaluate(self.learner.kept, self.test_split, self.entry.dataset).top1_error
+        values = (
+            self.step // self.steps_per_epoch,
+            self.recipe.lr_at((self.step - 1) / self.steps),
+            loss,
+            error,
+            round(self._images_per_s(), 1),
+            round(self.seconds, 1),
+        )
+        row: dict[str, float] = dict(zip(LOG_FIELDS, values, strict=True))
+        self.journal.log(row)
+        return row
 
     def finish(self, progress: Progress = silent) -> Record:
-        """Stores the weights in float16, evaluates that very file, and writes the record."""
+        """Stores the weights in float16, measures that very file, gates and errors, and writes the record."""
         path = self.out / "model.safetensors"
-        sha256 = save_weights(path, self.model.state_dict())
-        model: nn.Module = timm.create_model(self.entry.name)
+        save_weights(path, self.learner.kept.state_dict())
+        model: nn.Module = timm.create_model(self.entry.name).eval()
         load_weights(model, path, self.entry.name)
-        model = model.to(self.device, memory_format=torch.channels_last).eval()
-        score = evaluate(model, self.test_split, self.entry.dataset, progress=progress)
+        model.to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        gates = []
+        if gates_of(model):  # measured on the stored weights, then stored with them
+            images = (normalise(pixels, self.entry.dataset) for pixels, _ in batches(self.test_split, 250))
+            gates = measure_gates(model, images, progress=progress)
+            remember_gates(model, gates)
+        sha256 = save_weights(path, model.state_dict())
         record = Record(
             entry=self.entry.name,
             data=f"{self.entry.dataset.title} train",
@@ -225,47 +270,14 @@ class Run:
             epochs=self.recipe.epochs,
             selection="last epoch",
             precision=self.precision,
-            hardware=_hardware(self.device),
+            hardware=hardware(self.device, self.world.size),
             seconds=round(self.seconds, 1),
-            commit=_commit(),
-            versions={name: version(name) for name in ("torch", "torchvision", "timm", "tamzoo")},
+            commit=self.journal.commit,
+            versions=versions(),
             sha256=sha256,
-            score=score,
+            score=evaluate(model, self.test_split, self.entry.dataset, progress=progress),
+            gates=gates,
         )
         write_whole(self.out / "record.json", record.to_json())
+        keep_newest(self.out, 1)
         return record
-
-
-def _mix(seed: int, index: int, salt: int) -> int:
-    """A generator seed for each (seed, index, salt); far apart, so that neighbours share no stream."""
-    return (seed * 1_000_003 + index) * 10 + salt
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if cpuinfo.exists()
-        else []
-    )
-    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
-
-
-def _commit() -> str:
-    """The repository's commit, with `-dirty` where files differ from it; `unknown` outside a repository."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

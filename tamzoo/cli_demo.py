@@ -1,0 +1,78 @@
+"""The command that shows the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tamzoo.cli_export import export_model
+from tamzoo.terminal import DEMO_ENTRY, bar, load_model, print_gates
+
+if TYPE_CHECKING:
+    from tamzoo.catalogue import Dataset
+
+
+def demo() -> None:
+    """The main job, on a shipped checkpoint: classify, measure the gates, fold, export, compare, time."""
+    import tempfile
+    import time
+
+    from tamzoo.attention import GATE_TOLERANCE
+    from tamzoo.data import normalise
+    from tamzoo.gates import measure_gates
+    from tamzoo.images import PICTURES, picture_paths, random_crops
+    from tamzoo.onnx_export import open_session
+    from tamzoo.predict import onnx_classifier, torch_classifier
+    from tamzoo.predict import predict as classify
+
+    began = time.monotonic()
+    model, full, dataset = load_model(DEMO_ENTRY)
+    print(f"1. {full}, a {dataset.title} model, on pictures that it has never seen:")
+    paths = picture_paths([PICTURES])
+    answers = classify(torch_classifier(model), paths, 3)
+    for path, answer in zip(paths, answers, strict=True):
+        print(f"   {path.name:14s} " + ", ".join(f"{label} {100 * p:.0f} %" for label, p in answer))
+    print("   Of these, only a cat and a horse are among its ten classes.")
+
+    pixels = random_crops(256, dataset.input_size[-1])
+    print("\n2. Do the attention gates depend on the picture?")
+    print_gates(measure_gates(model, normalise(pixels, dataset)), GATE_TOLERANCE, "256 crops and noise")
+
+    with tempfile.TemporaryDirectory() as folder:
+        print("3. Fold, export to ONNX, and compare with the unfolded torch model:")
+        files = {"TAM folded": Path(folder) / "folded.onnx", "TAM": Path(folder) / "tam.onnx"}
+        print(export_model(model, full, dataset, files["TAM folded"]))
+        export_model(model, full, dataset, files["TAM"], keep_gates=True)
+        session = open_session(files["TAM folded"])
+        from tamzoo.onnx_export import metadata_of
+
+        again = classify(onnx_classifier(session, metadata_of(session)), paths, 1)
+        same = sum(a[0][0] == b[0][0] for a, b in zip(answers, again, strict=True))
+        print(f"   The ONNX file names the same class on {same} of {len(paths)} pictures.")
+
+        print("\n4. Latency in onnxruntime, batch 1, programs taking turns:")
+        _time_demo(files, dataset, Path(folder) / "plain.onnx")
+    print(f"\n{time.monotonic() - began:.0f} s in all.")
+
+
+def _time_demo(files: dict[str, Path], dataset: Dataset, plain: Path) -> None:
+    import timm
+
+    from tamzoo.data import normalise
+    from tamzoo.images import random_crops
+    from tamzoo.latency import time_in_turns
+    from tamzoo.onnx_export import PARITY_IMAGES, export_onnx, open_session
+
+    model = timm.create_model(
+        DEMO_ENTRY.replace("_tam", "_plain")
+    ).eval()  # untrained: weights do not change time
+    pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
+    export_onnx(model, plain, reference=model, dataset=dataset, pixels=pixels, metadata={"entry": "plain"})
+    image = {"pixel_values": normalise(pixels[:1], dataset).numpy()}
+    sessions = {name: open_session(path, threads=2) for name, path in ({"plain": plain} | files).items()}
+    programs = {name: (lambda s=session: s.run(None, image)) for name, session in sessions.items()}
+    for timing in time_in_turns(programs, rounds=200, progress=bar):
+        print(
+            f"   {timing.name:10s} {timing.median_ms:6.2f} ms, {timing.ratio:.2f} of plain "
+            f"(quartiles {timing.ratio_low:.2f} to {timing.ratio_high:.2f})"
+        )

@@ -1,0 +1,150 @@
+"""What a run writes for people: run.json at its start; an epoch's line to log.csv and TensorBoard."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tamzoo.checkpoint import whole_file, write_whole
+from tamzoo.recipes import Recipe
+
+LOG_FIELDS = ("epoch", "lr", "train_loss", "test_top1_error", "images_per_s", "seconds")
+
+
+class Journal:
+    """The run's folder.
+
+    Args:
+        folder: Made where missing.
+        resume: Go on with the run that is there, where there is one.
+    Raises:
+        ValueError: the folder holds another run; or this one, and `resume` is not set.
+    """
+
+    def __init__(
+        self, folder: Path, *, entry: str, recipe: Recipe, seed: int, precision: str, resume: bool
+    ) -> None:
+        self.folder = folder
+        self._writer: Any = None
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted = {"entry": entry, "seed": seed, "precision": precision, "recipe": asdict(recipe)}
+        wanted = json.loads(json.dumps(wanted))  # tuples become lists
+        path = folder / "run.json"
+        found = _read_run(path) if path.exists() else wanted | {"commits": []}
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                told = found.get(key) if key != "recipe" else "another recipe"
+                raise ValueError(f"{folder} holds another run ({key}: {told}); choose another --out")
+        if path.exists() and not resume:
+            raise ValueError(
+                f"{folder} holds a run of {entry}; pass --resume to go on, or choose another --out"
+            )
+        # what ran is told when it starts: by its end the code on disk may be another
+        if (commit := _commit()) not in found["commits"]:
+            found["commits"].append(commit)
+            write_whole(path, json.dumps(found, indent=2) + "\n")
+        self.commit = ", ".join(found["commits"])
+
+    def log(self, row: dict[str, float]) -> None:
+        """Adds an epoch to log.csv; later ones, of a session that was lost, go."""
+        path = self.folder / "log.csv"
+        before = read_log(self.folder) if path.exists() else []
+        rows = [*(old for old in before if old["epoch"] < row["epoch"]), row]
+        with whole_file(path) as part, part.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(LOG_FIELDS)
+            writer.writerows([[row[name] for name in LOG_FIELDS] for row in rows])
+        self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: dict[str, float]) -> None:
+        epoch = int(row["epoch"])
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._writer = False
+            else:
+                self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
+        if self._writer:
+            for name in LOG_FIELDS[1:]:
+                self._writer.add_scalar(name, row[name], epoch)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Ends TensorBoard's thread."""
+        if self._writer:
+            self._writer.close()
+        self._writer = None
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found["commits"], list):
+            raise TypeError("commits is no list")
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the description of a run ({error}); choose another --out") from error
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's log.csv, an epoch each.
+
+    Raises:
+        ValueError: no log there, or not one of ours.
+    """
+    path = folder / "log.csv"
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the log of a training run, found nothing")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [{name: float(row[name]) for name in LOG_FIELDS} for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the log of a training run ({error!r})") from error
+    return [row | {"epoch": int(row["epoch"])} for row in rows]
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    found = {}
+    for name in ("torch", "torchvision", "timm", "tamzoo"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # ours, run from a clone
+            found[name] = "not installed"
+    return found
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The name of what trains, and how many times."""
+    times = f"{processes} x " if processes > 1 else ""
+    if device.type == "cuda":
+        return times + torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{times}CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
+
+
+def _commit() -> str:
+    """The repository's commit, with `-dirty` where files differ from it; `unknown` outside our repository."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed; a repository further up would be somebody else's
+        return "unknown"
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

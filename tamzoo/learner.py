@@ -1,0 +1,114 @@
+"""One training step: forward, loss, backward, SGD, average, on the device and without waiting for it."""
+
+import os
+from contextlib import AbstractContextManager
+from copy import deepcopy
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tamzoo.augment import augment, draw
+from tamzoo.catalogue import Entry
+from tamzoo.data import Split, cache_folder
+from tamzoo.distributed import World
+from tamzoo.recipes import Recipe
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class Learner:
+    """A model and all that changes while it learns.
+
+    Attributes:
+        model: Being trained.
+        kept: What will be stored: the model, or the average of its weights and BatchNorm statistics.
+
+    Args:
+        precision: "float32", or "bfloat16" for autocast.
+        compiled: Whether torch.compile makes the step.
+        world: The processes that train together.
+    Raises:
+        ValueError: no such precision.
+    """
+
+    def __init__(
+        self, entry: Entry, recipe: Recipe, *, seed: int, precision: str, compiled: bool, world: World
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.recipe, self.dataset, self.seed, self.world = recipe, entry.dataset, seed, world
+        self._dtype = PRECISIONS[precision]
+        torch.manual_seed(seed)
+        self.model = timm.create_model(entry.name).to(world.device)
+        self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
+        self._forward = self._full_forward = world.spread(self.model)
+        if compiled:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+            # The last batch of an epoch may be smaller; it runs as it is rather than be compiled too.
+            self._full_forward = torch.compile(self._forward, dynamic=False)
+        if world.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        pairs = zip(self.kept.state_dict().values(), self.model.state_dict().values(), strict=True)
+        floats = [pair for pair in pairs if recipe.ema_decay and pair[0].is_floating_point()]
+        self._averages, self._averaged = [pair[0] for pair in floats], [pair[1] for pair in floats]
+        self._generator = torch.Generator(world.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that a step changes, by name."""
+        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.kept is not self.model:
+            state |= {f"ema.{name}": value for name, value in self.kept.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            state[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        return state
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision's context, for the model's forward pass."""
+        return torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype is not None)
+
+    def learn(self, split: Split, chosen: Tensor, step: int, lr: float) -> Tensor:
+        """One step on the images of a split at the indices `chosen`: on this rank's share of them.
+
+        Args:
+            chosen: (n,) int64, the whole batch, the same on all ranks.
+            step: Of the whole run; what is random depends on it and the seed alone.
+        Returns:
+            Mean loss of this rank's share, on the device, without its graph.
+        """
+        recipe, n = self.recipe, len(chosen)
+        share = self.world.share(n)
+        mine = chosen[share]
+        self._generator.manual_seed(seed_of(self.seed, step, salt=2))
+        draws = draw(n, recipe, self.dataset, self._generator)[share]
+        x = augment(split.pixels[mine], draws, recipe, self.dataset)
+        forward = self._full_forward if n == recipe.batch_size else self._forward
+        with self.autocast():
+            logits = forward(x)
+        loss = cross_entropy(logits.float(), split.labels[mine], label_smoothing=recipe.label_smoothing)
+        self.optimizer.zero_grad()
+        (loss * (len(mine) * self.world.size / n)).backward()  # the ranks' gradients are averaged
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        if self._averages:
+            decay = min(recipe.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
+            torch._foreach_lerp_(self._averages, self._averaged, 1 - decay)
+        return loss.detach()
+
+
+def seed_of(seed: int, index: int, salt: int) -> int:
+    """A generator seed for each (seed, index, salt); far apart, so that neighbours share no stream."""
+    return (seed * 1_000_003 + index) * 10 + salt

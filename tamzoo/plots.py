@@ -1,0 +1,46 @@
+"""Pictures of what was measured; they need matplotlib (`tamzoo[plots]`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tamzoo.checkpoint import whole_file
+from tamzoo.journal import read_log
+
+# Okabe & Ito's palette, told apart with any colour vision; the dashes tell lines apart in grey print
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
+DASHES = ("-", "--", "-.", ":")
+
+
+def plot_error(runs: Sequence[Path], out: Path) -> None:
+    """Draws test error against epoch, a line a run (as the paper's Figure 6).
+
+    Args:
+        runs: Folders of training runs, each named after its line.
+        out: .png, .svg or .pdf.
+    Raises:
+        ValueError: no matplotlib, a folder without a log, or another kind of picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("drawing needs matplotlib; pip install 'tamzoo[plots]'") from error
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{out}: expected a picture named .png, .svg or .pdf")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for index, run in enumerate(runs):
+        rows = read_log(run)
+        axes.plot(
+            [row["epoch"] for row in rows],
+            [row["test_top1_error"] for row in rows],
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=DASHES[index % len(DASHES)],
+            marker="o" if len(rows) == 1 else None,
+            label=f"{run.resolve().name}: {rows[-1]['test_top1_error']:.2f} %" if rows else run.name,
+        )
+    axes.set(xlabel="epoch", ylabel="top-1 error on the test split (%)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title="run: error of the last epoch")
+    with whole_file(out) as part:
+        figure.savefig(part, dpi=200, format=out.suffix[1:])

@@ -1,0 +1,120 @@
+"""One session of training: entries one after another, until they are done or the time is up."""
+
+import difflib
+import time
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+from tamzoo.catalogue import ENTRIES, QUEUE
+from tamzoo.data import Split, data_directory, load_split
+from tamzoo.distributed import World
+from tamzoo.progress import Voice
+from tamzoo.recipes import recipe_for
+from tamzoo.records import read_record
+from tamzoo.train import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """How the entries of a session are trained."""
+
+    recipe: str = "short"
+    epochs: int | None = None  # None: the recipe's
+    seed: int = 0
+    precision: str | None = None  # None: bfloat16 on CUDA, float32 on CPUs
+    resume: bool = False
+    compiled: bool | None = None  # None: on CUDA
+
+
+def waiting(out: Path, only: str = "*") -> list[str]:
+    """Entries without weights, in the catalogue's order of training.
+
+    Args:
+        out: Folder of the queue's runs; an entry with a record in its folder there has weights.
+        only: Pattern of names, as of files.
+    Raises:
+        ValueError: no entry has such a name.
+    """
+    names = [name for name in QUEUE if fnmatch(name, only)]
+    if not names:
+        raise ValueError(f"no entry is called {only!r}. All names: tamzoo list --all")
+    return [name for name in names if not ENTRIES[name].trained and not (out / name / "record.json").exists()]
+
+
+def train_entries(
+    folders: dict[str, Path], order: Order, data: Path | None, time_budget: float, world: World, voice: Voice
+) -> bool:
+    """Trains entries, each in its folder, and stores weights and records of those that end.
+
+    Args:
+        folders: By the entry's name.
+        data: As in `data_directory`.
+        time_budget: Seconds of wall time, from now.
+    Returns:
+        Whether all are done.
+    Raises:
+        ValueError: no such entry or recipe, or what `load_split` and `Run` raise.
+    """
+    started = time.monotonic()
+    directory, splits = data_directory(data), {}
+    for name, out in folders.items():
+        if name not in ENTRIES:
+            nearest = ", ".join(difflib.get_close_matches(name, ENTRIES, n=3))
+            raise ValueError(f"no entry {name!r}; nearest: {nearest or 'none'}. All names: tamzoo list --all")
+        dataset = ENTRIES[name].dataset
+        if dataset.tag not in splits:  # one data set at a time on the device
+            splits = {
+                dataset.tag: [
+                    load_split(directory, dataset, split, voice.bar).to(world.device)
+                    for split in ("train", "test")
+                ]
+            }
+        left = time_budget - (time.monotonic() - started)
+        if left <= 0 or not _train_entry(name, out, splits[dataset.tag], order, left, world, voice):
+            return False
+    return True
+
+
+def _train_entry(
+    name: str, out: Path, splits: list[Split], order: Order, budget: float, world: World, voice: Voice
+) -> bool:
+    if order.resume and (out / "record.json").exists():
+        voice.say(f"{name}: done, top-1 error {read_record(out / 'record.json').score.top1_error:.2f} %")
+        return True
+    recipe = recipe_for(order.recipe, ENTRIES[name].dataset.tag)
+    if order.epochs is not None:
+        recipe = replace(recipe, epochs=order.epochs)
+    precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")
+    run = Run(
+        ENTRIES[name],
+        recipe,
+        *splits,
+        out=out,
+        seed=order.seed,
+        precision=precision,
+        resume=order.resume,
+        compiled=order.compiled,
+        world=world,
+    )
+    ranks = f", {world.size} processes" if world.size > 1 else ""
+    voice.say(
+        f"{name}: {recipe.epochs} epochs of recipe {recipe.name}, {precision} on {world.device.type}{ranks}, "
+        f"from step {run.step} of {run.steps}"
+    )
+
+    def report(row: dict[str, float]) -> None:
+        voice.say(
+            f"epoch {row['epoch']}/{recipe.epochs}: loss {row['train_loss']:.4f}, "
+            f"test error {row['test_top1_error']:.2f} %, {row['images_per_s']:,.0f} images/s"
+        )
+
+    if not run.train(budget, voice.watch, report):
+        voice.say(
+            f"{name}: stopped after step {run.step} of {run.steps}; the same command with --resume goes on"
+        )
+        return False
+    if world.first:
+        score = run.finish(voice.bar).score
+        voice.say(f"{name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
+    return True

@@ -1,0 +1,89 @@
+"""Snapshots of a run in progress: written whole or not at all, the one before kept, damaged ones passed over.
+
+A snapshot is a safetensors file named by its step; a checksum of all tensors is in its metadata,
+since safetensors itself sees a short file but not a changed byte.
+"""
+
+import logging
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tamzoo.checkpoint import whole_file
+
+log = logging.getLogger(__name__)
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("snapshot-*.safetensors"), reverse=True)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value)
+        )
+    return f"{value:08x}"
+
+
+def save_snapshot(folder: Path, step: int, state: dict[str, Tensor], told: dict[str, str]) -> None:
+    """Writes the state at a step; of those before, the newest is kept.
+
+    Args:
+        told: What else to remember.
+    Raises:
+        OSError: the file cannot be written; those before are untouched.
+        ValueError: a tensor is not finite; nothing is written.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{name} is not finite at step {step}")
+    path = folder / f"snapshot-{step:08d}.safetensors"
+    told = {**told, "step": str(step), "checksum": _checksum(tensors)}
+    try:
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata=told)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    keep_newest(folder, 2)
+
+
+def keep_newest(folder: Path, n: int) -> None:
+    """Deletes all snapshots but n, and what a killed process left half-written."""
+    for path in [*_paths(folder)[n:], *folder.glob(".snapshot-*")]:
+        path.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The file of the highest step, read or not."""
+    return next(iter(_paths(folder)), None)
+
+
+def load_snapshot(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The newest whole snapshot, on the CPU, and what was told with it; None where there is no file.
+
+    Raises:
+        ValueError: there are files, and none is whole.
+    """
+    paths = _paths(folder)
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            log.warning("%s: damaged (%s); falling back to the snapshot before", path, error)
+            continue
+        if told.get("checksum") == _checksum(tensors):
+            return tensors, told
+        log.warning("%s: damaged (another checksum); falling back to the snapshot before", path)
+    if paths:
+        raise ValueError(f"{folder}: none of its {len(paths)} snapshots is whole; delete it to start again")
+    return None

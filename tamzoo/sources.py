@@ -1,0 +1,177 @@
+"""The files that CIFAR and SVHN come in, decoded to rows. Nothing is ever unpickled.
+
+A row is one image as uint8: its label, 1 where it is known from a JPEG copy only, then its pixels (h, w, c).
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from tamzoo.catalogue import Dataset
+from tamzoo.progress import Progress
+
+SIDE = 32
+PIXELS = SIDE * SIDE * 3
+ROW = 2 + PIXELS
+
+# CIFAR's binary version: folder, files of a split, bytes of labels before the pixels (the last one counts)
+_BINARY = {
+    "cifar10": (
+        "cifar-10-batches-bin",
+        {"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)},
+        1,
+    ),
+    "cifar100": ("cifar-100-binary", {"train": ("train.bin",), "test": ("test.bin",)}, 2),
+}
+_PICKLED = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "cifar-100-binary.tar.gz"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The files of one split, and how to read one of them to rows."""
+
+    files: tuple[Path, ...]
+    read: Callable[[Path, Dataset, Progress], np.ndarray]
+
+
+def fetch_from_hub(dataset: Dataset, split: str) -> Path:
+    """A local copy of a split's shards, downloaded from the Hub at the pinned revision where it is not there.
+
+    Raises:
+        ValueError: the Hub cannot be reached, or has no such revision.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            dataset.hub_id,
+            repo_type="dataset",
+            revision=dataset.hub_revision,
+            allow_patterns=f"{dataset.hub_folder}/{split}-*.parquet",
+        )
+    except OSError as error:  # the Hub's own errors are OSErrors too
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{dataset.hub_id} at {dataset.hub_revision}: cannot be had from the Hub ({reason}); "
+            "pass --data DIR"
+        ) from error
+    return Path(folder)
+
+
+def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
+    """Looks for a split in any layout: parquet shards, CIFAR's binary version, SVHN's .mat files.
+
+    Args:
+        directory: The files' folder, or one that holds it under the data set's tag or its usual name.
+    Raises:
+        ValueError: nothing there; or only CIFAR's Python version, which is a pickle.
+    """
+    homes = (directory / dataset.tag, directory)
+    for home in homes:
+        for folder in (home, home / dataset.hub_folder):
+            if shards := sorted(folder.glob(f"{split}-*.parquet")):
+                return Source(files=tuple(shards), read=_read_parquet)
+        if dataset.tag in _BINARY:
+            name, files, _ = _BINARY[dataset.tag]
+            for folder in (home / name, home):
+                if all((folder / file).is_file() for file in files[split]):
+                    return Source(files=tuple(folder / file for file in files[split]), read=_read_binary)
+        elif (file := home / f"{split}_32x32.mat").is_file():
+            return Source(files=(file,), read=_read_mat)
+    for name in _PICKLED.get(dataset.tag, ())[:2]:
+        for home in homes:
+            if (home / name).exists():
+                raise ValueError(
+                    f"{home / name}: CIFAR's Python version is a pickle, which can run code when loaded; "
+                    f"unpack {_PICKLED[dataset.tag][2]} there instead"
+                )
+    also = f"{split}_32x32.mat" if dataset.tag == "svhn" else f"{_BINARY[dataset.tag][0]}/"
+    raise ValueError(
+        f"{directory}: expected {split}-*.parquet or {also} there or in {dataset.tag}/, found neither"
+    )
+
+
+def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError("reading parquet needs pyarrow; pip install 'tamzoo[train]'") from error
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
+    missing = {dataset.image_column, dataset.label_column} - set(table.column_names)
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(sorted(missing))}, found {', '.join(table.column_names)}"
+        )
+    rows = np.zeros((table.num_rows, ROW), dtype=np.uint8)
+    rows[:, 0] = _labels(path, np.asarray(table[dataset.label_column].to_pylist(), dtype=np.int64), dataset)
+    if "source" in table.column_names:
+        rows[:, 1] = [source == "jpeg" for source in table["source"].to_pylist()]
+    images = table[dataset.image_column].to_pylist()
+    for index, image in enumerate(progress(images, f"Decoding {path.name}")):
+        rows[index, 2:] = _decode(image["bytes"], f"{path}, image {index}").reshape(-1)
+    return rows
+
+
+def _decode(data: bytes, place: str) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            array = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, TypeError) as error:
+        raise ValueError(f"{place}: not an image ({error})") from error
+    if array.shape != (SIDE, SIDE, 3):
+        raise ValueError(f"{place}: expected 32x32 RGB, got {array.shape[1]}x{array.shape[0]}")
+    return array
+
+
+def _read_binary(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
+    label_bytes = _BINARY[dataset.tag][2]
+    found = np.fromfile(path, dtype=np.uint8)
+    if not len(found) or len(found) % (label_bytes + PIXELS):
+        raise ValueError(
+            f"{path}: expected records of {label_bytes + PIXELS} bytes, got {len(found)} bytes; "
+            "fetch it again"
+        )
+    found = found.reshape(-1, label_bytes + PIXELS)
+    rows = np.zeros((len(found), ROW), dtype=np.uint8)
+    rows[:, 0] = _labels(path, found[:, label_bytes - 1], dataset)
+    planes = found[:, label_bytes:].reshape(-1, 3, SIDE, SIDE)
+    rows[:, 2:] = planes.transpose(0, 2, 3, 1).reshape(-1, PIXELS)  # (n, c, h, w) -> (n, h, w, c)
+    return rows
+
+
+def _read_mat(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ValueError("reading .mat needs scipy; pip install 'tamzoo[train]'") from error
+    try:
+        found = loadmat(path, variable_names=("X", "y"))
+        images, labels = found["X"], found["y"].reshape(-1).astype(np.int64)
+    except Exception as error:  # scipy has no one error for a damaged file
+        raise ValueError(f"{path}: not a whole .mat file with X and y ({error}); fetch it again") from error
+    if images.dtype != np.uint8 or images.shape != (SIDE, SIDE, 3, len(labels)):
+        raise ValueError(
+            f"{path}: expected uint8 X of (32, 32, 3, {len(labels)}), got {images.dtype} {images.shape}"
+        )
+    rows = np.zeros((len(labels), ROW), dtype=np.uint8)
+    rows[:, 0] = _labels(path, labels % 10, dataset)  # the digit 0 has label 10
+    rows[:, 2:] = images.transpose(3, 0, 1, 2).reshape(-1, PIXELS)  # (h, w, c, n) -> (n, h, w, c)
+    return rows
+
+
+def _labels(path: Path, labels: np.ndarray, dataset: Dataset) -> np.ndarray:
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= dataset.num_classes:
+        raise ValueError(
+            f"{path}: expected labels 0 to {dataset.num_classes - 1}, found {labels.min()} to {labels.max()}"
+        )
+    return labels

@@ -1,0 +1,129 @@
+"""What the commands share: bars, tables, and the model that a name means."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tamzoo.catalogue import Dataset
+    from tamzoo.progress import Moment
+    from tamzoo.records import GateStats
+
+DEMO_ENTRY = "wrn10_4_tam.cifar10"
+# Heavy libraries are imported inside the functions: `tamzoo --help` answers at once.
+Name = Annotated[str, typer.Argument(help="Model or entry, for instance wrn10_4_tam or wrn10_4_tam.cifar10.")]
+Weights = Annotated[Path | None, typer.Option(help="A safetensors file in place of the entry's weights.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder with the data, or hub to download it (default: $TAMZOO_DATA).")
+]
+
+
+def bar(items: Iterable[Any], description: str) -> Iterable[Any]:
+    """A bar on a terminal; nothing where the output is a file."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True) if console.is_terminal else items
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index else "left", no_wrap=not index)
+    for row in rows:
+        drawn.add_row(*("-" if cell is None else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(drawn)
+
+
+def print_gates(gates: Iterable[GateStats], tolerance: float, images: str) -> None:
+    columns = ("gate", "block", "stage", "mean", "std", "min", "max", "bound", "static")
+    rows = [
+        (
+            gate.name,
+            gate.block,
+            gate.stage,
+            f"{gate.mean:.6f}",
+            f"{gate.std:.1e}",
+            f"{gate.min:.6f}",
+            f"{gate.max:.6f}",
+            f"{gate.bound_min:.4f} to {gate.bound_max:.4f}",
+            "yes" if gate.width <= tolerance else "no",
+        )
+        for gate in gates
+    ]
+    table(f"Gates over {images}; static: maximum - minimum at most {tolerance:g}", columns, rows)
+
+
+class RunBar:
+    """A live line for a training run on a terminal; nothing where the output is a file."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(stderr=True)
+        columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[told]}"))
+        self._seen = console.is_terminal
+        self._live = Progress(
+            *columns, console=console, transient=True, redirect_stdout=False, disable=not self._seen
+        )
+        self._task = self._live.add_task("", told="")
+
+    def watch(self, moment: Moment) -> None:
+        if not self._seen:
+            return
+        minutes, seconds = divmod(int(moment.eta_s), 60)
+        told = f"loss {moment.loss:.3f}  {moment.images_per_s:,.0f} images/s  {minutes}:{seconds:02d} left"
+        place = f"Epoch {moment.epoch}/{moment.epochs}"
+        self._live.start()
+        self._live.update(self._task, description=place, completed=moment.step, total=moment.steps, told=told)
+
+    def say(self, line: str) -> None:
+        self.close()
+        print(line, flush=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, Dataset]:
+    """A model in eval mode with weights, its full name, and its data set's row."""
+    import timm
+
+    from tamzoo.catalogue import DATASETS
+    from tamzoo.checkpoint import check_weights_file, load_weights
+    from tamzoo.registry import find_model
+
+    name = find_model(name)
+    if weights is not None:
+        check_weights_file(weights)
+    model = timm.create_model(name, pretrained=weights is None).eval()
+    cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore
+    full = f"{cfg['architecture']}.{cfg['tag']}"
+    if weights is not None:
+        load_weights(model, weights, full)
+    return model, full, DATASETS[cfg["tag"]]
+
+
+def testtest_pixels(data: Path | None, dataset: Dataset, n: int) -> tuple[Tensor, str]:
+    """uint8 (n, 3, h, w) images: of the test split where there is data, else of the shipped pictures."""
+    import os
+
+    from tamzoo.data import data_directory, load_split
+    from tamzoo.images import random_crops
+
+    if data is not None or os.environ.get("TAMZOO_DATA"):
+        pixels = load_split(data_directory(data), dataset, "test", bar).pixels[:n]
+        return pixels, f"{len(pixels)} {dataset.title} test images"
+    return random_crops(n, dataset.input_size[-1]), f"{n} crops of the shipped pictures and noise"

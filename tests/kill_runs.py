@@ -1,0 +1,64 @@
+"""Kills a training run at random moments, resumes it each time, and compares it with one left alone.
+
+python tests/kill_runs.py FOLDER KILLS SEED
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from tiny_runs import RECIPE, in_a_fork, tiny_run
+
+from tamzoo.checkpoint import sha256_of
+from tamzoo.snapshots import load_snapshot
+
+LONGER = replace(RECIPE, epochs=8)
+
+
+def train(out: Path) -> None:
+    run = tiny_run(out, recipe=LONGER, resume=True)
+    run.train()
+    run.finish()
+
+
+def outcome(out: Path) -> tuple[str, str]:
+    """Hashes of the stored float16 weights, and of weights, average and momentum as they were trained."""
+    found = load_snapshot(out)
+    assert found is not None
+    return sha256_of(out / "model.safetensors")[:16], found[1]["checksum"]
+
+
+def main(folder: Path, kills: int, seed: int) -> None:
+    chance = random.Random(seed)
+    began = time.monotonic()
+    assert os.waitpid(in_a_fork(lambda: train(folder / "alone")), 0)[1] == 0
+    alone, seconds = outcome(folder / "alone"), time.monotonic() - began
+    print(f"left alone: {seconds:.2f} s, weights and state {alone}")
+    killed, series = 0, 0
+    while killed < kills:
+        out = folder / f"killed-{series}"
+        while True:
+            pid = in_a_fork(lambda out=out: train(out))
+            delay = chance.uniform(0.0, 0.7 * seconds) if killed < kills else float("inf")
+            began = time.monotonic()
+            while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() - began < delay:
+                time.sleep(0.001)
+            if ended[0]:
+                assert ended[1] == 0, "a resumed run failed"
+                break
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            killed += 1
+            left = sorted(path.name for path in out.glob("*snapshot-*"))
+            print(f"kill {killed} after {delay:.3f} s, left {left}")
+        assert outcome(out) == alone, f"{out}: {outcome(out)}, expected {alone}"
+        print(f"series {series} ended with the same weights and state")
+        series += 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

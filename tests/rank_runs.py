@@ -1,0 +1,49 @@
+"""Trains the same run on one process and on several (gloo, CPU).
+
+python tests/rank_runs.py FOLDER RANKS
+"""
+
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tiny_runs import RECIPE, in_a_fork, tiny_run
+
+from tamzoo.distributed import World, join
+
+# 20 images in batches of 7, 7 and 6: unequal shares. Before the small weights of a fresh network have grown,
+# a step's rounding error is not: a rate at which nine steps do not multiply it
+RANKED = replace(RECIPE, batch_size=7, lr=0.01)
+
+
+def train(out: Path, world: World | None = None) -> None:
+    run = tiny_run(out, recipe=RANKED, world=world, snapshot_seconds=1e9)
+    assert not run.train(time_budget=0.0) and run.step == 0
+    run = tiny_run(out, recipe=RANKED, world=world, snapshot_seconds=1e9, resume=True)
+    assert run.train()
+    if world is None or world.first:
+        run.finish()
+
+
+def train_as_rank(out: Path) -> None:
+    with join() as world:
+        assert world.size > 1
+        train(out, world)
+
+
+def main(folder: Path, ranks: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [in_a_fork(lambda: train(folder / "one"))]
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(in_a_fork(lambda: train_as_rank(folder / "several"), **shared, **own))
+    assert [os.waitpid(pid, 0)[1] for pid in started] == [0] * (ranks + 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,285 @@
+"""The same images from any file they come in; nothing wrong goes unnoticed."""
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tamzoo import sources
+from tamzoo.catalogue import DATASETS
+from tamzoo.data import HUB, data_directory, load_split, normalise
+
+COUNTS = {"cifar10": (3,) * 10, "cifar100": (1,) * 100, "svhn": tuple(range(1, 11))}
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TAMZOO_DATA", raising=False)
+
+
+class Small:
+    """A data set of a few random images, with a catalogue row that publishes just them."""
+
+    def __init__(self, tag: str) -> None:
+        chance = np.random.default_rng(0)
+        self.labels = np.repeat(np.arange(len(COUNTS[tag])), COUNTS[tag])
+        chance.shuffle(self.labels)
+        self.images = chance.integers(0, 256, (len(self.labels), 32, 32, 3), dtype=np.uint8)
+        levels = self.images.reshape(-1, 3) / 255
+        self.dataset = replace(
+            DATASETS[tag],
+            counts={"train": COUNTS[tag], "test": COUNTS[tag]},
+            pixel_mean=tuple(levels.mean(axis=0)),
+            pixel_std=tuple(levels.std(axis=0)),
+        )
+
+    def parquet(self, folder: Path, split: str = "train", **columns) -> Path:
+        from pyarrow import parquet, table
+
+        folder.mkdir(parents=True, exist_ok=True)
+        half = len(self.labels) // 2
+        for shard, chosen in enumerate((slice(None, half), slice(half, None))):
+            encoded = []
+            for image in self.images[chosen]:
+                file = io.BytesIO()
+                Image.fromarray(image).save(file, "png")
+                encoded.append({"bytes": file.getvalue(), "path": None})
+            rows = {
+                self.dataset.image_column: encoded,
+                self.dataset.label_column: self.labels[chosen].tolist(),
+            } | {name: values[chosen] for name, values in columns.items()}
+            parquet.write_table(table(rows), folder / f"{split}-{shard:05d}-of-00002.parquet")
+        return folder
+
+    def binary(self, folder: Path, split: str = "train") -> Path:
+        name, files, label_bytes = sources._BINARY[self.dataset.tag]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        planes = self.images.transpose(0, 3, 1, 2).reshape(len(self.labels), -1)
+        coarse = np.zeros((len(self.labels), label_bytes - 1), dtype=np.uint8)
+        records = np.hstack([coarse, self.labels[:, None].astype(np.uint8), planes])
+        for file, part in zip(files[split], np.array_split(records, len(files[split])), strict=True):
+            part.tofile(folder / name / file)
+        return folder
+
+    def mat(self, folder: Path, split: str = "train") -> Path:
+        from scipy.io import savemat
+
+        folder.mkdir(parents=True, exist_ok=True)
+        labels = np.where(self.labels == 0, 10, self.labels)[:, None]
+        arrays = {"X": self.images.transpose(1, 2, 3, 0), "y": labels.astype(np.uint8)}
+        savemat(folder / f"{split}_32x32.mat", arrays)
+        return folder
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "inner"),
+    [
+        ("cifar10", "parquet", ""),
+        ("cifar10", "parquet", "cifar10"),
+        ("cifar10", "parquet", "plain_text"),
+        ("cifar100", "parquet", "cifar100"),
+        ("cifar100", "parquet", "cifar100/cifar100"),
+        ("svhn", "parquet", "cropped_digits"),
+        ("svhn", "parquet", "svhn/cropped_digits"),
+        ("cifar10", "binary", ""),
+        ("cifar10", "binary", "cifar10"),
+        ("cifar100", "binary", ""),
+        ("svhn", "mat", ""),
+        ("svhn", "mat", "svhn"),
+    ],
+)
+def test_every_layout_gives_the_same_images(tmp_path, tag, kind, inner):
+    small = Small(tag)
+    for split in ("train", "test"):
+        getattr(small, kind)(tmp_path / inner, split)
+        found = load_split(tmp_path, small.dataset, split)
+        assert (found.pixels.dtype, found.labels.dtype) == (torch.uint8, torch.int64)
+        assert np.array_equal(found.pixels.permute(0, 2, 3, 1).numpy(), small.images)
+        assert np.array_equal(found.labels.numpy(), small.labels)
+        assert found.note == ""
+
+
+def test_images_known_from_a_jpeg_are_told():
+    small = Small("cifar10")
+    folder = Path(os.environ["TAMZOO_CACHE"]).parent
+    small.parquet(folder, source=["jpeg"] * 3 + ["lossless"] * 27)
+    for _ in ("decoded", "cached"):
+        assert load_split(folder, small.dataset, "train").note == "3 of 30 train images from JPEG"
+
+
+def test_images_are_decoded_once(tmp_path, monkeypatch):
+    small = Small("cifar10")
+    small.parquet(tmp_path)
+    first = load_split(tmp_path, small.dataset, "train")
+    decoded = []
+    decode = sources._decode
+    monkeypatch.setattr(sources, "_decode", lambda *args: decoded.append(1) or decode(*args))
+    second = load_split(tmp_path, small.dataset, "train")
+    assert not decoded and torch.equal(first.pixels, second.pixels)
+    (cached,) = (tmp_path / "cache").glob("*.npy")
+    with cached.open("r+b") as file:  # half of it is lost
+        file.truncate(cached.stat().st_size // 2)
+    assert torch.equal(load_split(tmp_path, small.dataset, "train").pixels, first.pixels) and decoded
+    decoded.clear()
+    small.images = 255 - small.images
+    small.parquet(tmp_path)
+    changed = replace(small.dataset, pixel_mean=tuple(1 - np.asarray(small.dataset.pixel_mean)))
+    assert torch.equal(load_split(tmp_path, changed, "train").pixels, 255 - first.pixels) and decoded
+
+
+def test_a_split_in_the_cache_stays_as_it_is(tmp_path):
+    small = Small("cifar10")
+    small.binary(tmp_path)
+    load_split(tmp_path, small.dataset, "train")
+    load_split(tmp_path, small.dataset, "train").pixels.zero_()  # a copy of this process alone
+    assert load_split(tmp_path, small.dataset, "train").pixels.any()
+
+
+def test_without_a_cache_data_still_load(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path / "file"))
+    small = Small("svhn")
+    assert len(load_split(small.mat(tmp_path / "data"), small.dataset, "train")) == 55
+
+
+def test_the_hub_is_asked_for_the_pinned_revision(tmp_path, monkeypatch):
+    small = Small("cifar10")
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, options))
+        return str(small.parquet(tmp_path / "snapshot" / "plain_text"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert len(load_split(data_directory(HUB), small.dataset, "train")) == 30
+    assert asked == [
+        (
+            "uoft-cs/cifar10",
+            {
+                "repo_type": "dataset",
+                "revision": "0b2714987fa478483af9968de7c934580d0bb9a2",
+                "allow_patterns": "plain_text/train-*.parquet",
+            },
+        )
+    ]
+
+
+def test_a_hub_out_of_reach_is_told_in_a_sentence(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(*args, **options):
+        raise LocalEntryNotFoundError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(
+        ValueError, match=r"^uoft-cs/cifar100 at aadb3af.*: cannot be had.*no network.*--data DIR"
+    ):
+        load_split(HUB, DATASETS["cifar100"], "train")
+
+
+def test_cifars_python_version_is_not_unpickled(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"\x80\x04.")
+    message = "cifar-10-batches-py: CIFAR's Python version is a pickle.*unpack cifar-10-binary.tar.gz there"
+    with pytest.raises(ValueError, match=message):
+        load_split(tmp_path, DATASETS["cifar10"], "train")
+
+
+def test_a_directory_without_data_says_what_was_looked_for(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"expected train-\*.parquet or cifar-100-binary/ there or in cifar100/"
+    ):
+        load_split(tmp_path, DATASETS["cifar100"], "train")
+    with pytest.raises(ValueError, match=r"expected test-\*.parquet or test_32x32.mat there or in svhn/"):
+        load_split(tmp_path, DATASETS["svhn"], "test")
+    with pytest.raises(ValueError, match="no data directory: pass --data DIR or set TAMZOO_DATA"):
+        data_directory(None)
+    with pytest.raises(ValueError, match="nowhere: expected a directory"):
+        data_directory(tmp_path / "nowhere")
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "file", "message"),
+    [
+        ("cifar10", "parquet", "train-00001-of-00002.parquet", "not a whole parquet file"),
+        ("cifar10", "binary", "cifar-10-batches-bin/data_batch_3.bin", "expected records of 3073 bytes, got"),
+        ("cifar100", "binary", "cifar-100-binary/train.bin", "expected records of 3074 bytes, got"),
+        ("svhn", "mat", "train_32x32.mat", "not a whole .mat file"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, tag, kind, file, message):
+    small = Small(tag)
+    getattr(small, kind)(tmp_path)
+    damaged(tmp_path / file)
+    with pytest.raises(ValueError, match=f"{Path(file).name}: {message}"):
+        load_split(tmp_path, small.dataset, "train")
+
+
+def test_other_images_than_the_published_are_refused(tmp_path):
+    small = Small("cifar10")
+    small.binary(tmp_path)
+    place = "cifar-10-batches-bin: "
+    for change, message in [
+        ({"counts": {"train": (3,) * 9 + (4,)}}, "CIFAR-10 has 31 train images, found 30"),
+        ({"counts": {"train": (2, *(3,) * 8, 4)}}, "CIFAR-10 has 2 train images of class 0, found 3"),
+        ({"pixel_mean": (0.5, 0.5, 0.6)}, r"expected CIFAR-10 of mean \(0.5, 0.5, 0.6\), found 0.4"),
+        ({"pixel_std": (0.2, 0.2, 0.2)}, r"expected CIFAR-10 of std \(0.2, 0.2, 0.2\), found 0.2"),
+    ]:
+        with pytest.raises(ValueError, match=place + message):
+            load_split(tmp_path, replace(small.dataset, **change), "train")
+    small.labels[7] = 10
+    small.binary(tmp_path)
+    with pytest.raises(ValueError, match=r"data_batch_2.bin: expected labels 0 to 9, found . to 10"):
+        load_split(tmp_path, small.dataset, "train")
+
+
+def test_a_shard_of_something_else_is_refused(tmp_path):
+    from pyarrow import parquet, table
+
+    small = Small("cifar10")
+    for rows, message in [
+        ({"image": [b""], "label": [0]}, "no column img, found image, label"),
+        ({"img": [{"bytes": b"no image", "path": None}], "label": [0]}, "image 0: not an image"),
+    ]:
+        parquet.write_table(table(rows), tmp_path / "train-0.parquet")
+        with pytest.raises(ValueError, match=f"train-0.parquet.*{message}"):
+            load_split(tmp_path, small.dataset, "train")
+    file = io.BytesIO()
+    Image.new("RGB", (40, 32)).save(file, "png")
+    rows = {"img": [{"bytes": file.getvalue(), "path": None}], "label": [0]}
+    parquet.write_table(table(rows), tmp_path / "train-0.parquet")
+    with pytest.raises(ValueError, match="image 0: expected 32x32 RGB, got 40x32"):
+        load_split(tmp_path, small.dataset, "train")
+
+
+def test_the_published_counts_add_up():
+    totals = {tag: [sum(DATASETS[tag].counts[split]) for split in ("train", "test")] for tag in COUNTS}
+    assert totals == {"cifar10": [50_000, 10_000], "cifar100": [50_000, 10_000], "svhn": [73_257, 26_032]}
+
+
+def test_svhn_is_only_scaled():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(normalise(pixels, DATASETS["svhn"]), pixels.float() / 255)
+
+
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
+@pytest.mark.parametrize("tag", ["cifar10", "cifar100"])
+def test_the_real_data_are_the_published_ones(tag, split):
+    place = REAL / tag if REAL else None
+    if place is None or not place.is_dir():
+        pytest.skip("TAMZOO_DATA holds no such data")
+    found = load_split(place, DATASETS[tag], split)
+    assert len(found) == {"train": 50_000, "test": 10_000}[split]
+
+
+REAL = Path(os.environ["TAMZOO_DATA"]) if os.environ.get("TAMZOO_DATA") else None

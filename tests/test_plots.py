@@ -1,0 +1,48 @@
+"""A picture a call, and a sentence where there is nothing to draw."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tamzoo.journal import LOG_FIELDS
+from tamzoo.plots import COLOURS, DASHES, plot_error
+
+
+def logged(folder: Path, errors: list[float]) -> Path:
+    folder.mkdir()
+    rows = [f"{epoch},0.1,1.0,{error},100.0,{epoch}.0" for epoch, error in enumerate(errors, start=1)]
+    (folder / "log.csv").write_text("\n".join([",".join(LOG_FIELDS), *rows]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_error_is_drawn_against_epoch(tmp_path, kind):
+    pytest.importorskip("matplotlib")
+    runs = [logged(tmp_path / name, [50.0, 20.0, 10.0 + index]) for index, name in enumerate("abc")]
+    out = tmp_path / f"error.{kind}"
+    plot_error([*runs, logged(tmp_path / "one_epoch", [30.0]), logged(tmp_path / "none", [])], out)
+    assert out.stat().st_size > 1000
+    if kind == "svg":
+        text = out.read_text()
+        assert all(colour.lower() in text.lower() for colour in COLOURS[:3])
+
+
+def test_no_two_of_many_lines_look_alike():
+    assert len({(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i in range(8)}) == 8
+
+
+def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch):
+    run = logged(tmp_path / "run", [10.0])
+    with pytest.raises(
+        ValueError, match=r"nowhere/log.csv: expected the log of a training run, found nothing"
+    ):
+        plot_error([tmp_path / "nowhere"], tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x.bmp: expected a picture named .png, .svg or .pdf"):
+        plot_error([run], tmp_path / "x.bmp")
+    (run / "log.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"log.csv: not the log of a training run"):
+        plot_error([run], tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"drawing needs matplotlib; pip install 'tamzoo\[plots\]'"):
+        plot_error([run], tmp_path / "x.png")

@@ -1,0 +1,437 @@
+"""Runs stop and go on anywhere, keep what was good, and store what they evaluate."""
+
+import csv
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from tiny_runs import ENTRY, RECIPE, random_split, tiny_run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tamzoo import snapshots
+from tamzoo.catalogue import ENTRIES, QUEUE
+from tamzoo.checkpoint import load_weights, sha256_of
+from tamzoo.distributed import World
+from tamzoo.evaluate import evaluate
+from tamzoo.progress import SILENT, Voice
+from tamzoo.records import read_record
+from tamzoo.session import Order, train_entries, waiting
+from tamzoo.snapshots import load_snapshot
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_snapshot(folder)
+    assert found is not None
+    return found[0]
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    torch.set_num_threads(1)
+    run = tiny_run(folder, snapshot_seconds=math.inf)
+    assert run.train()
+    run.finish()
+    return folder
+
+
+def steps(n: int):
+    """A watch that ends the session's budget after n steps."""
+
+    def watch(moment) -> None:
+        if moment.step % 9 == n % 9:
+            watch.run._clock.budget = 0.0
+
+    return watch
+
+
+def test_a_run_stopped_inside_an_epoch_ends_as_one_left_alone(tmp_path, alone):
+    for stop in (1, 4, 6):  # of nine steps, three an epoch
+        watch = steps(stop)
+        watch.run = run = tiny_run(tmp_path, resume=True, snapshot_seconds=math.inf)
+        assert not run.train(watch=watch) and run.step == stop
+    run = tiny_run(tmp_path, resume=True)
+    assert run.step == 6 and run.train()
+    assert_same(state_of(tmp_path), state_of(alone))
+    run.finish()
+    assert sha256_of(tmp_path / "model.safetensors") == sha256_of(alone / "model.safetensors")
+    logs = [list(csv.DictReader((folder / "log.csv").open())) for folder in (tmp_path, alone)]
+    for field in ("epoch", "lr", "train_loss", "test_top1_error"):
+        assert [row[field] for row in logs[0]] == [row[field] for row in logs[1]]
+
+
+def test_a_spent_budget_still_leaves_a_snapshot(tmp_path):
+    run = tiny_run(tmp_path)
+    assert not run.train(time_budget=0.0)
+    assert tiny_run(tmp_path, resume=True).step == run.step
+
+
+def test_the_seed_decides_everything(tmp_path, alone):
+    tiny_run(tmp_path / "same").train()
+    tiny_run(tmp_path / "other", seed=1).train()
+    assert_same(state_of(tmp_path / "same"), state_of(alone))
+    found, expected = state_of(tmp_path / "other"), state_of(alone)
+    assert not torch.equal(found["model.conv1.weight"], expected["model.conv1.weight"])
+
+
+def test_what_is_evaluated_is_the_stored_file(alone):
+    record = read_record(alone / "record.json")
+    assert record.sha256 == sha256_of(alone / "model.safetensors")
+    stored = load_file(alone / "model.safetensors")
+    assert {value.dtype for name, value in stored.items() if name.endswith("weight")} == {torch.float16}
+    model = timm.create_model(ENTRY.name)
+    load_weights(model, alone / "model.safetensors", ENTRY.name)
+    assert evaluate(model.eval(), random_split(12, 1), ENTRY.dataset) == record.score
+    assert (record.selection, record.epochs, record.n_train) == ("last epoch", 3, 20)
+    # the weights are the average's
+    assert torch.equal(stored["fc.weight"], state_of(alone)["ema.fc.weight"].half())
+
+
+def test_the_average_follows_its_formula(tmp_path):
+    run = tiny_run(tmp_path, snapshot_seconds=math.inf)
+    live = run.learner.model.state_dict()
+    names = [name for name, value in live.items() if value.is_floating_point()]
+    expected = {name: live[name].double().clone() for name in names}
+
+    def watch(moment) -> None:
+        decay = min(RECIPE.ema_decay, moment.step / (moment.step + 9))
+        for name in names:
+            expected[name] = decay * expected[name] + (1 - decay) * live[name].double()
+
+    run.train(watch=watch)
+    found = run.learner.kept.state_dict()
+    assert any("running_var" in name for name in names)
+    for name in names:  # float32 against float64, nine steps
+        torch.testing.assert_close(found[name].double(), expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_without_an_average_the_model_itself_is_stored(tmp_path):
+    run = tiny_run(tmp_path, recipe=replace(RECIPE, ema_decay=0.0, epochs=1))
+    run.train()
+    assert run.learner.kept is run.learner.model
+    assert not any(name.startswith("ema.") for name in state_of(tmp_path))
+
+
+def test_a_run_that_is_there_is_not_overwritten(tmp_path):
+    tiny_run(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run of resnet20_tam.cifar10; pass --resume to go on, or"):
+        tiny_run(tmp_path)
+    for options, message in [
+        ({"seed": 3}, "another run (seed: 0)"),
+        ({"precision": "bfloat16"}, "another run (precision: float32)"),
+        ({"recipe": replace(RECIPE, lr=1.0)}, "another run (recipe: another recipe)"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            tiny_run(tmp_path, resume=True, **options)
+        assert message in str(error.value)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match="not the description of a run"):
+        tiny_run(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
+        tiny_run(tmp_path / "new", precision="half")
+
+
+def test_the_commit_is_told_when_the_run_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("tamzoo.journal._commit", lambda: "first")
+    tiny_run(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["commits"] == ["first"]
+    monkeypatch.setattr("tamzoo.journal._commit", lambda: "second")
+    run = tiny_run(tmp_path, resume=True, recipe=RECIPE)
+    run.train()
+    assert run.finish().commit == "first, second"
+
+
+@pytest.fixture
+def stopped(tmp_path) -> Path:
+    """A run stopped after five steps, with the snapshots of steps four and five."""
+    watch = steps(5)
+    watch.run = run = tiny_run(tmp_path)
+    run.train(watch=watch)
+    assert [path.name for path in sorted(tmp_path.glob("snapshot-*"))] == [
+        "snapshot-00000004.safetensors",
+        "snapshot-00000005.safetensors",
+    ]
+    return tmp_path
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lambda path: path.write_bytes(b"")])
+def test_a_damaged_snapshot_falls_back_to_the_one_before(stopped, alone, damage, caplog):
+    damage(stopped / "snapshot-00000005.safetensors")
+    run = tiny_run(stopped, resume=True)
+    assert run.step == 4
+    assert "snapshot-00000005.safetensors: damaged" in caplog.text
+    assert "falling back to the snapshot before" in caplog.text
+    run.train()
+    assert_same(state_of(stopped), state_of(alone))
+
+
+def test_without_a_whole_snapshot_nothing_is_guessed(stopped):
+    for path in stopped.glob("snapshot-*"):
+        cut(path)
+    with pytest.raises(ValueError, match="none of its 2 snapshots is whole; delete it to start again"):
+        tiny_run(stopped, resume=True)
+
+
+@contextmanager
+def full_disk():
+    """No file can grow over 100 kB: the operating system's own refusal, here in place of a full disk's."""
+    import resource
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file size are POSIX's")
+def test_a_full_disk_keeps_the_snapshots_before(stopped, alone, caplog):
+    before = {path.name: sha256_of(path) for path in stopped.glob("*snapshot-*")}
+    run = tiny_run(stopped, resume=True)
+    with full_disk(), pytest.raises(OSError, match=r"cannot write .*snapshot-00000009"):
+        run.train()
+    assert run.step == 9  # training itself went on
+    assert caplog.text.count("going on with the snapshot before") >= 3
+    assert {path.name: sha256_of(path) for path in stopped.glob("*snapshot-*")} == before
+    run = tiny_run(stopped, resume=True)
+    assert run.step == 5 and run.train()
+    assert_same(state_of(stopped), state_of(alone))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(stopped):
+    run = tiny_run(stopped, resume=True)
+    learn = run.learner.learn
+
+    def explode(split, chosen, step, lr):
+        return learn(split, chosen, step, lr) * (float("nan") if step >= 6 else 1)
+
+    run.learner.learn = explode
+    with pytest.raises(
+        ValueError, match=r"not finite from step 7 on \(epoch 3\).*good snapshot is .*06.safetensors"
+    ):
+        run.train()
+    assert tiny_run(stopped, resume=True).step == 6
+
+
+def test_weights_that_are_not_finite_are_not_kept(stopped):
+    run = tiny_run(stopped, resume=True)
+    with torch.no_grad():
+        run.learner.model.get_parameter("fc.bias").fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"fc.bias is not finite at step 5; the last good snapshot is"):
+        run.save()
+    assert tiny_run(stopped, resume=True).step == 5
+
+
+def test_snapshots_are_few_and_half_written_ones_go(stopped):
+    (stopped / ".snapshot-00000007.safetensors.x.safetensors").write_bytes(b"half")
+    snapshots.keep_newest(stopped, 1)
+    assert [path.name for path in stopped.glob("*snapshot-*")] == ["snapshot-00000005.safetensors"]
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Fails where an operation would make the host wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal.default", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.WAITING), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(tmp_path):
+    run = tiny_run(tmp_path)
+    run.train(time_budget=0.0)
+    chosen = torch.arange(8)
+    run.learner.model.train()
+    with _NoWaiting():
+        for step in range(2):
+            run._losses[step] = run.learner.learn(run.train_split, chosen, step, 0.1)
+            run.step += 1
+            run._look(step, lambda moment: None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
+def test_no_step_on_cuda_waits_for_the_device(tmp_path):
+    device = torch.device("cuda")
+    from tamzoo.train import Run
+
+    splits = [random_split(n, n).to(device) for n in (40, 12)]
+    run = Run(ENTRY, RECIPE, *splits, out=tmp_path, precision="bfloat16", compiled=False)
+    run.train(time_budget=0.0)
+    chosen = torch.arange(8, device=device)
+    run.learner.learn(run.train_split, chosen, 0, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.learner.learn(run.train_split, chosen, 1, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_watch_sees_where_the_run_is(tmp_path):
+    seen, rows = [], []
+    tiny_run(tmp_path).train(watch=seen.append, report=rows.append)
+    assert [moment.step for moment in seen] == list(range(1, 10))
+    assert [moment.epoch for moment in seen] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert all(moment.images_per_s > 0 and moment.eta_s >= 0 and moment.steps == 9 for moment in seen)
+    assert seen[-1].eta_s == 0
+    logged = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [{name: float(value) for name, value in row.items()} for row in logged] == rows
+    # 8, 8 and 4 images a step
+    mean = sum(moment.loss * n for moment, n in zip(seen[:3], (8, 8, 4), strict=True)) / 20
+    assert rows[0]["train_loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_bfloat16_trains_on_a_cpu(tmp_path):
+    run = tiny_run(tmp_path, recipe=replace(RECIPE, epochs=1), precision="bfloat16")
+    seen = []
+    run.train(watch=lambda moment: seen.append(moment.loss))
+    assert all(math.isfinite(loss) for loss in seen)
+    assert {p.dtype for p in run.learner.model.parameters()} == {torch.float32}
+
+
+def kill(tmp_path: Path, kills: int) -> str:
+    script = Path(__file__).with_name("kill_runs.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(tmp_path), str(kills), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_as_one_left_alone(tmp_path, kills):
+    told = kill(tmp_path, kills)
+    print(told)
+    assert told.count("\nkill ") == kills
+    assert "ended with the same weights and state" in told
+
+
+def test_the_queue_has_the_stated_order(tmp_path):
+    assert QUEUE[:4] == (
+        "resnet18_tam.cifar10",
+        "resnet18_tam.cifar100",
+        "resnet50_tam.cifar100",
+        "resnet50_tam.cifar10",
+    )
+    assert QUEUE[10] == "resnet18_plain.cifar10" and QUEUE[20] == "resnet18_se.cifar10"
+    assert sorted(QUEUE) == sorted(ENTRIES)  # all of them, once
+    untrained = [name for name in QUEUE if not ENTRIES[name].trained]
+    assert waiting(tmp_path) == untrained
+    (tmp_path / untrained[0]).mkdir()
+    (tmp_path / untrained[0] / "record.json").touch()
+    assert waiting(tmp_path) == untrained[1:]
+    assert waiting(tmp_path, "resnet50_tam.*") == ["resnet50_tam.cifar100", "resnet50_tam.cifar10"]
+    with pytest.raises(ValueError, match="no entry is called 'vgg"):
+        waiting(tmp_path, "vgg*")
+
+
+@pytest.fixture
+def small_data(tmp_path, monkeypatch) -> Path:
+    sizes = {"train": 20, "test": 12}
+    monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(sizes[args[2]], 0))
+    return tmp_path
+
+
+CPU = World(device=torch.device("cpu"))
+
+
+def test_a_session_goes_on_where_the_last_one_stopped(small_data):
+    names = ["resnet20_tam.cifar10", "wrn10_4_tam.cifar10"]
+    folders = {name: small_data / name for name in names}
+    order = Order(recipe="short", epochs=1, resume=True)
+    said = []
+    voice = Voice(say=said.append)
+    assert not train_entries(folders, order, small_data, 0.0, CPU, voice) and not said
+    assert train_entries({names[0]: folders[names[0]]}, order, small_data, math.inf, CPU, voice)
+    assert "resnet20_tam.cifar10: 1 epochs of recipe short, float32 on cpu, from step 0 of 1" in said
+    assert "weights in" in said[-1]
+    said.clear()
+    assert train_entries(folders, order, small_data, math.inf, CPU, voice)
+    assert said[0].startswith("resnet20_tam.cifar10: done, top-1 error")
+    assert said[1].startswith("wrn10_4_tam.cifar10: 1 epochs")
+    with pytest.raises(ValueError, match="pass --resume"):
+        train_entries({names[0]: folders[names[0]]}, replace(order, resume=False), small_data, 9, CPU, SILENT)
+    with pytest.raises(ValueError, match=r"no entry .resnet20_tamm.cifar10.; nearest: resnet20_tam.cifar10"):
+        train_entries({"resnet20_tamm.cifar10": small_data}, order, small_data, 9, CPU, SILENT)
+
+
+def test_the_command_trains_and_draws(small_data):
+    from typer.testing import CliRunner
+
+    from tamzoo.cli import app
+
+    out = small_data / "run"
+    options = ["--data", str(small_data), "--out", str(out), "--epochs", "2"]
+    command = ["train", "resnet20_tam.cifar10", "--recipe", "short-cpu", *options]
+    found = CliRunner().invoke(app, [*command, "--time-budget", "0"])
+    assert found.exit_code == 0, found.output
+    found = CliRunner().invoke(app, [*command, "--resume"])
+    assert found.exit_code == 0 and "epoch 2/2: loss" in found.output, found.output
+    picture = small_data / "error.png"
+    found = CliRunner().invoke(app, ["plot", str(out), "-o", str(picture)])
+    assert found.exit_code == 0 and picture.read_bytes().startswith(b"\x89PNG"), found.output
+    found = CliRunner().invoke(app, ["train", "--queue", "--only", "resnet20*", *options])
+    assert found.exit_code == 0 and (out / "resnet20_tam.cifar10" / "record.json").exists(), found.output
+    found = CliRunner().invoke(app, ["train", "--out", str(out)])
+    assert found.exit_code != 0
+
+
+def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny_run(tmp_path, recipe=replace(RECIPE, epochs=2)).train()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("test_top1_error")] == [1, 2]
+
+
+def test_messages_go_through_logging(stopped, caplog):
+    cut(stopped / "snapshot-00000005.safetensors")
+    with caplog.at_level(logging.WARNING, "tamzoo"):
+        tiny_run(stopped, resume=True)
+    assert [record.name for record in caplog.records] == ["tamzoo.snapshots"]

@@ -1,0 +1,83 @@
+"""Several processes train as one would."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import RECIPE, tiny_run
+from torch import nn
+
+from tamzoo.distributed import GlobalBatchNorm, World, join
+from tamzoo.records import read_record
+from tamzoo.snapshots import load_snapshot
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_end_with_the_weights_of_one(tmp_path):
+    script = Path(__file__).with_name("rank_runs.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(tmp_path), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, several = (load_snapshot(tmp_path / name) for name in ("one", "several"))
+    assert one and several and one[1]["step"] == several[1]["step"] == "9"
+    for name, value in one[0].items():
+        if name != "losses":  # those are of the first process's share
+            # sums of the same float32 numbers in another order, over nine steps
+            torch.testing.assert_close(several[0][name], value, atol=1e-4, rtol=1e-4, msg=name)
+    start = tiny_run(tmp_path / "start").learner.model.get_parameter("conv1.weight")
+    assert (one[0]["model.conv1.weight"] - start).abs().max() > 1e-3  # it did learn
+    rows = list(csv.DictReader((tmp_path / "several" / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert read_record(tmp_path / "several" / "record.json").hardware.startswith("2 x CPU")
+
+
+@pytest.mark.parametrize(("n", "size"), [(8, 2), (7, 2), (128, 3), (80, 7), (5, 5)])
+def test_shares_are_nearly_equal_and_all_of_a_batch(n, size):
+    shares = [range(n)[World(device=CPU, rank=rank, size=size).share(n)] for rank in range(size)]
+    assert [index for share in shares for index in share] == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_batch_too_small_for_its_ranks_is_told(tmp_path):
+    world = World(device=CPU, size=5)
+    with pytest.raises(ValueError, match="the last batch of an epoch has 4 images, too few for 5 processes"):
+        tiny_run(tmp_path, recipe=RECIPE, world=world)
+
+
+def test_without_torchrun_the_world_is_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join() as world:
+        assert (world.size, world.rank, world.first) == (1, 0, True)
+        model = nn.Sequential(nn.BatchNorm2d(3))
+        assert world.spread(model) is model and type(model[0]) is nn.BatchNorm2d
+
+
+def test_global_batchnorm_is_batchnorm_in_a_world_of_one(tmp_path):
+    from torch import distributed
+
+    torch.manual_seed(0)
+    expected, found = nn.BatchNorm2d(5), GlobalBatchNorm(5)
+    for module in (expected, found):
+        nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for _ in range(3):
+            x = torch.randn(4, 5, 6, 6) * 2 + 1
+            inputs = [x.clone().requires_grad_() for _ in range(2)]
+            outputs = [module(x) for module, x in zip((expected, found), inputs, strict=True)]
+            for y in outputs:
+                (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
+            # float32, another order of sums
+            torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(inputs[1].grad, inputs[0].grad, atol=1e-4, rtol=1e-4)
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.eval()(x), expected.eval()(x), atol=1e-5, rtol=1e-5)
