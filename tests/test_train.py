@@ -28,6 +28,8 @@ from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
 
+CPU = World(device=torch.device("cpu"))
+
 
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
@@ -364,6 +366,7 @@ def test_the_queue_has_the_stated_order(tmp_path):
     assert waiting(tmp_path) == untrained[1:]
     found = waiting(tmp_path, "resnet50_tam.*")
     assert found == ["resnet50_tam.cifar100", "resnet50_tam.cifar10", "resnet50_tam.svhn"]
+    assert train_entries({}, Order(), tmp_path, math.inf, CPU, SILENT)
     with pytest.raises(ValueError, match="no entry is called 'vgg"):
         waiting(tmp_path, "vgg*")
 
@@ -373,9 +376,6 @@ def small_data(tmp_path, monkeypatch) -> Path:
     sizes = {"train": 20, "test": 12}
     monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(sizes[args[2]], 0))
     return tmp_path
-
-
-CPU = World(device=torch.device("cpu"))
 
 
 def test_a_session_goes_on_where_the_last_one_stopped(small_data):
