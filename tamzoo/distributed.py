@@ -58,13 +58,11 @@ class World:
             return model
         if self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            return DistributedDataParallel(
-                model, device_ids=[self.device], broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            return DistributedDataParallel(model, device_ids=[self.device], gradient_as_bucket_view=True)
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = GlobalBatchNorm
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -97,7 +97,8 @@ class Learner:
         forward = self._full_forward if n == recipe.batch_size else self._forward
         with self.autocast():
             logits = forward(x)
-        loss = cross_entropy(logits.float(), split.labels[mine], label_smoothing=recipe.label_smoothing)
+        logits = logits if self._dtype is None else logits.float()
+        loss = cross_entropy(logits, split.labels[mine], label_smoothing=recipe.label_smoothing)
         self.optimizer.zero_grad()
         (loss * (len(mine) * self.world.size / n)).backward()  # the ranks' gradients are averaged
         for group in self.optimizer.param_groups:

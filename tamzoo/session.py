@@ -57,6 +57,9 @@ def train_entries(
         ValueError: no such entry or recipe, or what `load_split` and `Run` raise.
     """
     started = time.monotonic()
+    if not folders:
+        voice.say("nothing to train: every such entry has weights")
+        return True
     directory, splits = data_directory(data), {}
     for name, out in folders.items():
         if name not in ENTRIES:

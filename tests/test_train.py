@@ -1,6 +1,5 @@
 """Runs stop and go on anywhere, keep what was good, and store what they evaluate."""
 
-import csv
 import json
 import logging
 import math
@@ -23,10 +22,13 @@ from tamzoo.catalogue import ENTRIES, QUEUE
 from tamzoo.checkpoint import load_weights, sha256_of
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
+from tamzoo.journal import read_log
 from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
+
+CPU = World(device=torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,7 @@ def test_a_run_stopped_inside_an_epoch_ends_as_one_left_alone(tmp_path, alone):
     assert_same(state_of(tmp_path), state_of(alone))
     run.finish()
     assert sha256_of(tmp_path / "model.safetensors") == sha256_of(alone / "model.safetensors")
-    logs = [list(csv.DictReader((folder / "log.csv").open())) for folder in (tmp_path, alone)]
+    logs = [read_log(folder) for folder in (tmp_path, alone)]
     for field in ("epoch", "lr", "train_loss", "test_top1_error"):
         assert [row[field] for row in logs[0]] == [row[field] for row in logs[1]]
 
@@ -316,8 +318,7 @@ def test_a_watch_sees_where_the_run_is(tmp_path):
     assert [moment.epoch for moment in seen] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert all(moment.images_per_s > 0 and moment.eta_s >= 0 and moment.steps == 9 for moment in seen)
     assert seen[-1].eta_s == 0
-    logged = list(csv.DictReader((tmp_path / "log.csv").open()))
-    assert [{name: float(value) for name, value in row.items()} for row in logged] == rows
+    assert read_log(tmp_path) == rows
     # 8, 8 and 4 images a step
     mean = sum(moment.loss * n for moment, n in zip(seen[:3], (8, 8, 4), strict=True)) / 20
     assert rows[0]["train_loss"] == pytest.approx(mean, rel=1e-6)
@@ -363,7 +364,9 @@ def test_the_queue_has_the_stated_order(tmp_path):
     (tmp_path / untrained[0]).mkdir()
     (tmp_path / untrained[0] / "record.json").touch()
     assert waiting(tmp_path) == untrained[1:]
-    assert waiting(tmp_path, "resnet50_tam.*") == ["resnet50_tam.cifar100", "resnet50_tam.cifar10"]
+    found = waiting(tmp_path, "resnet50_tam.*")
+    assert found == ["resnet50_tam.cifar100", "resnet50_tam.cifar10", "resnet50_tam.svhn"]
+    assert train_entries({}, Order(), tmp_path, math.inf, CPU, SILENT)
     with pytest.raises(ValueError, match="no entry is called 'vgg"):
         waiting(tmp_path, "vgg*")
 
@@ -373,9 +376,6 @@ def small_data(tmp_path, monkeypatch) -> Path:
     sizes = {"train": 20, "test": 12}
     monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(sizes[args[2]], 0))
     return tmp_path
-
-
-CPU = World(device=torch.device("cpu"))
 
 
 def test_a_session_goes_on_where_the_last_one_stopped(small_data):
