@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import prelu
 
 HAS_TRITON = find_spec("triton") is not None
-BLOCKS = (16, 8)  # neighbours of one dense block, first level and others: small wastes less, large runs faster
+BLOCKS = (
+    16,
+    8,
+)  # neighbours of one dense block, first level and others: small wastes less, large runs faster
 TILE = 1 << 18  # elements of x per thread and tile: larger leaves the cache, smaller is all overhead
 
 
@@ -75,13 +78,15 @@ def gate_product_backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[
             if below.data_ptr() != grad_x[tile].data_ptr():  # a copy, not a view
                 n, c, h, w = x[tile].shape
                 grad_x[tile].copy_(below.view(c, n, h, w).transpose(0, 1))
-        nodes = sums[0].blocks.unflatten(2, (-1, 2)).diagonal(dim1=1, dim2=2)  # (., b/2, b/2, 2) -> (., 2, b/2)
+        nodes = (
+            sums[0].blocks.unflatten(2, (-1, 2)).diagonal(dim1=1, dim2=2)
+        )  # (., b/2, b/2, 2) -> (., 2, b/2)
         sums[0].weight.copy_(nodes.transpose(1, 2).reshape(-1, 2, 1))
     return grad_x, total.to(parameters.dtype)
 
 
 class Level(NamedTuple):
-    """One level of the tree, from `width` channels to half as many; views of the parameters but for `blocks`."""
+    """One level of the tree, from `width` channels to half as many; all but `blocks` are views."""
 
     weight: Tensor  # (width / 2, 2, 1)
     bias: Tensor  # (width / 2, 1)
@@ -165,6 +170,20 @@ def _planes(tile: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+@gate_product.register_kernel("cuda")
+def _(x: Tensor, parameters: Tensor) -> Tensor:
+    from tamzoo import tree_triton  # here, because Triton is not everywhere
+
+    return tree_triton.forward(x, parameters)
+
+
+@gate_product_backward.register_kernel("cuda")
+def _(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    from tamzoo import tree_triton
+
+    return tree_triton.backward(grad, x, parameters)
 
 
 @gate_product.register_fake
