@@ -7,6 +7,8 @@ from timm.layers import SEModule
 from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
 
+from tamzoo.tree import gated
+
 GATE_TOLERANCE = 1e-4  # largest width (maximum - minimum) of a measured gate that counts as static
 UNMEASURED = (0.5, 0.0, 1.0)  # mean, minimum, maximum: what is known of a sigmoid before anyone looked
 
@@ -59,7 +61,7 @@ class TAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:  # the weights, or the statistics before them, are about to move
             self.forget_gate()
-        return x * self.gate(x)
+        return gated(x, self.tree)
 
     def forget_gate(self) -> None:
         """Marks the gate as not measured."""

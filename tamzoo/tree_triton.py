@@ -1,0 +1,170 @@
+"""The gate's product and its gradients as one Triton kernel each, for channels_last tensors.
+
+A program holds some rows (pixels) of all channels in registers. Neighbouring channels meet in a reduction
+over a last axis of length 2, so every level keeps the layout of the one before, and nothing goes through
+shared memory but what crosses warps. The backward kernel climbs the tree again; each program sums the
+parameters' gradients over its rows into a row of its own, and those are summed at the end: no atomics,
+the same result every time.
+"""
+
+# Triton's language is not Python's in types
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WARPS = 8
+STAGES = tl.constexpr(3)  # blocks under way at once: the next are fetched while one is computed
+FORWARD = 8192  # elements of x in one program: 32 registers a thread
+BACKWARD = 2048  # fewer: parameters and the sums of their gradients take eight times as many registers
+MOST_ROWS = 256  # of few channels, so that the grid is not too small
+PROGRAMS_PER_PROCESSOR = 4
+
+
+@triton.jit
+def _load(at, width: tl.constexpr):
+    """The parameters of each level from here to the root: (1, width / 2, 2) weights, then (1, width / 2)."""
+    half: tl.constexpr = width // 2
+    node = tl.arange(0, half)[None, :]
+    weight = tl.load(at + 2 * node[:, :, None] + tl.arange(0, 2)[None, None, :])
+    bias = tl.load(at + width + node)
+    if width == 2:
+        levels = (weight, bias)
+    else:
+        slope = tl.load(at + width + half + node)
+        levels = (weight, bias, slope, _load(at + 2 * width, half))
+    return levels
+
+
+@triton.jit
+def _climb(h, levels, rows: tl.constexpr, width: tl.constexpr):
+    """(rows, width) -> (rows, 1), the gate."""
+    y = tl.sum(tl.reshape(h, (rows, width // 2, 2)) * levels[0], axis=2) + levels[1]
+    if width == 2:
+        gate = tl.sigmoid(y)
+    else:
+        gate = _climb(tl.where(y > 0, y, y * levels[2]), levels[3], rows, width // 2)
+    return gate
+
+
+@triton.jit
+def _zeros(rows: tl.constexpr, width: tl.constexpr):
+    """As `_load`, for every row."""
+    half: tl.constexpr = width // 2
+    zero = tl.zeros((rows, half), tl.float32)
+    if width == 2:
+        sums = (tl.zeros((rows, half, 2), tl.float32), zero)
+    else:
+        sums = (tl.zeros((rows, half, 2), tl.float32), zero, zero, _zeros(rows, half))
+    return sums
+
+
+@triton.jit
+def _descend(h, dot, sums, levels, rows: tl.constexpr, width: tl.constexpr):
+    """Climbs and comes down again.
+
+    Args:
+        h: (rows, width), what enters this level.
+        dot: (rows, 1), the gradient of the gate.
+        sums: The parameters' gradients so far, row by row: rows meet only at the very end.
+    Returns:
+        The gradient of h; the gate; sums with this block's added.
+    """
+    pairs = tl.reshape(h, (rows, width // 2, 2))
+    y = tl.sum(pairs * levels[0], axis=2) + levels[1]
+    if width == 2:
+        gate = tl.sigmoid(y)
+        above = dot * gate * (1 - gate)
+        sums = (sums[0] + pairs * above[:, :, None], sums[1] + above)
+    else:
+        after = tl.where(y > 0, y, y * levels[2])
+        above, gate, upper = _descend(after, dot, sums[3], levels[3], rows, width // 2)
+        slopes = sums[2] + tl.where(y > 0, 0.0, above * y)
+        above = tl.where(y > 0, above, above * levels[2])
+        sums = (sums[0] + pairs * above[:, :, None], sums[1] + above, slopes, upper)
+    return tl.reshape(above[:, :, None] * levels[0], (rows, width)), gate, sums
+
+
+@triton.jit
+def _store(sums, at, width: tl.constexpr):
+    """Writes the sums over the rows in the order of the parameters."""
+    half: tl.constexpr = width // 2
+    node = tl.arange(0, half)
+    tl.store(at + 2 * node[:, None] + tl.arange(0, 2)[None, :], tl.sum(sums[0], axis=0))
+    tl.store(at + width + node, tl.sum(sums[1], axis=0))
+    if width > 2:
+        tl.store(at + width + half + node, tl.sum(sums[2], axis=0))
+        _store(sums[3], at + 2 * width, half)
+
+
+@triton.jit
+def forward_kernel(x, parameters, out, count, rows: tl.constexpr, channels: tl.constexpr):
+    levels = _load(parameters, channels)
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)[:, None]
+    at, inside = row * channels + tl.arange(0, channels)[None, :], row < count
+    h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    tl.store(out + at, h * _climb(h, levels, rows, channels), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    grad, x, parameters, grad_x, sums, count, programs, rows: tl.constexpr, channels: tl.constexpr
+):
+    program = tl.program_id(0)
+    levels = _load(parameters, channels)
+    total = _zeros(rows, channels)
+    for block in tl.range(program, tl.cdiv(count, rows), programs, num_stages=STAGES):
+        row = (block * rows + tl.arange(0, rows)).to(tl.int64)[:, None]
+        at, inside = row * channels + tl.arange(0, channels)[None, :], row < count
+        h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+        dot = tl.sum(g * h, axis=1)[:, None]
+        below, gate, total = _descend(h, dot, total, levels, rows, channels)
+        tl.store(grad_x + at, g * gate + below, mask=inside)
+    _store(total, sums + program * (4 * channels - 5), channels)
+
+
+def _rows(channels: int, elements: int) -> int:
+    """Pixels of one program."""
+    return max(1, min(elements // channels, MOST_ROWS))
+
+
+def _warps(channels: int) -> int:
+    return min(max(WARPS, channels // 256), 32)
+
+
+def forward(x: Tensor, parameters: Tensor) -> Tensor:
+    """`tamzoo.tree.gate_product` of a channels_last x."""
+    n, channels, h, w = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    out, rows = torch.empty_like(x), _rows(channels, FORWARD)
+    with torch.cuda.device_of(x):
+        launch = forward_kernel[triton.cdiv(n * h * w, rows),]
+        launch(x, parameters.float(), out, n * h * w, rows, channels, num_warps=_warps(channels))
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """`tamzoo.tree.gate_product_backward` of a channels_last x."""
+    n, channels, h, w = x.shape
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    grad_x, rows = torch.empty_like(x), _rows(channels, BACKWARD)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    programs = min(PROGRAMS_PER_PROCESSOR * processors, triton.cdiv(n * h * w, rows))
+    sums = torch.empty(programs, 4 * channels - 5, device=x.device)
+    with torch.cuda.device_of(x):
+        backward_kernel[programs,](
+            grad,
+            x,
+            parameters.float(),
+            grad_x,
+            sums,
+            n * h * w,
+            programs,
+            rows,
+            channels,
+            num_warps=_warps(channels),
+        )
+    return grad_x, sums.sum(0).to(parameters.dtype)

@@ -1,0 +1,152 @@
+"""The fused product equals the formulation in torch, everywhere it is used."""
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tamzoo import tree
+from tamzoo.attention import TAM
+
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def shaken(channels: int, dtype: torch.dtype = torch.float64, group_size: int = 2) -> TAM:
+    """A TAM whose slopes and biases matter."""
+    torch.manual_seed(channels)
+    module = TAM(channels, group_size, dtype=dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return module
+
+
+def images(*shape: int, dtype: torch.dtype = torch.float64, layout: str = "channels_last") -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(shape).to(dtype).to(memory_format=FORMATS[layout]).requires_grad_()  # pyright: ignore
+
+
+def reference(module: TAM, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(module.tree(x))
+
+
+def gradients(module: TAM, x: Tensor, out: Tensor) -> list[Tensor]:
+    torch.manual_seed(2)
+    return list(torch.autograd.grad(out, [x, *module.tree.parameters()], torch.randn_like(out)))
+
+
+def differs(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    expected = expected.double()
+    return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("tile", [1, 300, 1 << 18])  # one row of one image; some images; all
+@pytest.mark.parametrize("channels", [2, 4, 64, 512])
+def test_product_and_gradients_equal_the_reference(channels, tile, layout, monkeypatch):
+    monkeypatch.setattr(tree, "TILE", tile)
+    module, x = shaken(channels), images(3, channels, 5, 4, layout=layout)
+    out, expected = module(x), reference(module, x)
+    assert out.stride() == x.stride()
+    assert differs(out, expected) < 1e-12
+    for found, wanted in zip(gradients(module, x, out), gradients(module, x, expected), strict=True):
+        assert found.shape == wanted.shape
+        assert differs(found, wanted) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_low_precision_is_close_to_float64(dtype, tolerance):  # tolerances: a few roundings of the dtype
+    module = shaken(64, torch.float32)
+    x = images(4, 64, 7, 9, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        out = module(x)
+    assert out.dtype is dtype
+    exact, x64 = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    expected = reference(exact, x64)
+    assert differs(out, expected) < tolerance
+    torch.manual_seed(2)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, [x, *module.parameters()], grad)
+    wanted = torch.autograd.grad(expected, [x64, *exact.parameters()], grad.double())
+    for one, other in zip(found, wanted, strict=True):
+        assert differs(one, other) < tolerance
+
+
+def test_autocast_leaves_float32_input_in_float32():
+    module, x = shaken(16, torch.float32), images(2, 16, 3, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert out.dtype is reference(module, x).dtype is torch.float32
+    assert differs(out, reference(module, x)) < 1e-6
+
+
+def test_gradcheck():
+    parameters = torch.cat([p.detach().flatten() for p in shaken(8).parameters()]).requires_grad_()
+    assert torch.autograd.gradcheck(tree.gate_product, (images(2, 8, 3, 2), parameters))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of opcheck's own copies
+def test_operators_keep_the_rules_of_custom_operators():
+    parameters = torch.cat([p.detach().flatten() for p in shaken(8).parameters()]).requires_grad_()
+    torch.library.opcheck(tree.gate_product, (images(2, 8, 3, 2), parameters))
+
+
+@pytest.mark.parametrize(("channels", "group_size"), [(1, 2), (6, 2), (12, 2), (9, 3), (16, 4), (2, 3)])
+def test_other_trees_are_computed_plainly(channels, group_size):
+    module, x = shaken(channels, group_size=group_size), images(2, channels, 3, 3)
+    assert differs(module(x), reference(module, x)) < 1e-12
+
+
+def test_empty_batch_passes():
+    assert shaken(8)(images(0, 8, 3, 3)).shape == (0, 8, 3, 3)
+
+
+def test_only_the_input_and_the_parameters_are_kept_for_the_backward_pass():
+    module, x = shaken(64), images(2, 64, 8, 8)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(x)
+    assert sum(tensor.numel() for tensor in kept) == x.numel() + 4 * 64 - 5
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    module, x = shaken(16), images(2, 16, 3, 3)
+    again: Any = checkpoint(module, x, use_reentrant=False)
+    for found, wanted in zip(gradients(module, x, again), gradients(module, x, module(x)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_compile_keeps_one_graph_and_the_gradients():
+    module, x = shaken(16), images(2, 16, 3, 3)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(gradients(module, x, compiled(x)), gradients(module, x, module(x)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_state_dict_names_the_layers_of_the_tree():
+    names = [name for name in TAM(4).state_dict() if name != "measured_gate"]
+    assert names == ["tree.0.weight", "tree.0.bias", "tree.1.weight", "tree.2.weight", "tree.2.bias"]
+
+
+def test_export_leaves_standard_operators():
+    pytest.importorskip("onnxscript")
+    program = torch.export.export(shaken(8, torch.float32).eval(), (images(2, 8, 3, 3, dtype=torch.float32),))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets == {f"aten.{name}.default" for name in ("conv2d", "prelu", "sigmoid")} | {
+        "aten.mul.Tensor"
+    }
+
+
+def test_importing_the_package_leaves_the_kernels_alone():
+    code = "import sys, tamzoo; assert 'tamzoo.tree_triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,66 @@
+"""The CUDA kernels, run by Triton's interpreter on the CPU, against float64.
+
+The interpreter must be chosen before Triton is imported, so this file runs itself in a second process.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+SHAPES = [(2, 2, 3, 5), (4, 1, 20, 15), (64, 2, 5, 7), (512, 1, 3, 6), (2048, 1, 1, 3)]  # c, n, h, w
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreted process")
+def test_kernels_pass_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("channels", "n", "h", "w"), SHAPES)
+def test_product_and_gradients_are_close_to_float64(channels, n, h, w, dtype, tolerance):
+    from tamzoo import tree, tree_triton
+
+    torch.manual_seed(channels)
+    x, grad = (torch.randn(n, channels, h, w).to(dtype) for _ in range(2))
+    x, parameters = x.contiguous(memory_format=torch.channels_last), 0.7 * torch.randn(4 * channels - 5)
+    found = tree_triton.forward(x, parameters), *tree_triton.backward(grad, x, parameters)
+    x64, grad64, parameters64 = x.double(), grad.double(), parameters.double()
+    wanted = (
+        tree.gate_product(x64, parameters64),
+        *tree.gate_product_backward(grad64, x64, parameters64),
+    )
+    for one, other in zip(found, wanted, strict=True):
+        # bfloat16: one rounding of each result; parameters' gradients are never rounded to it
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
+    assert [tensor.dtype for tensor in found] == [dtype, dtype, torch.float32]
+    assert found[0].stride() == found[1].stride() == x.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [2, 64, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gpu_is_close_to_float64(channels, dtype, tolerance):
+    from tamzoo import tree
+
+    torch.manual_seed(channels)
+    x, grad = (torch.randn(3, channels, 7, 9).to(dtype) for _ in range(2))
+    parameters = (0.7 * torch.randn(4 * channels - 5)).requires_grad_()
+    results = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        here = x.to(device, kind).contiguous(memory_format=torch.channels_last).requires_grad_()
+        there = parameters.to(device, torch.promote_types(kind, torch.float32))
+        out = tree.gate_product(here, there)
+        results.append([out, *torch.autograd.grad(out, [here, parameters], grad.to(device, kind))])
+    for one, other in zip(*results, strict=True):
+        assert (one.cpu().double() - other).abs().max() <= tolerance * other.abs().max()
