@@ -61,5 +61,117 @@ def train(
     print(f"{entry.name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
 
 
+def _chosen(names: list[str] | None, every: bool) -> list[Any]:
+    from tamzoo.catalogue import ENTRIES
+    from tamzoo.registry import find_model
+
+    if bool(names) == every:
+        raise ValueError("expected either names of entries or --all. All names: tamzoo list")
+    found = [find_model(name) for name in names or []]
+    strangers = [name for name in found if name not in ENTRIES]
+    if strangers:
+        raise ValueError(f"{strangers[0]} is no entry of the catalogue. All names: tamzoo list")
+    return list(ENTRIES.values()) if every else [ENTRIES[name] for name in found]
+
+
+@app.command()
+def publish(
+    names: Annotated[list[str] | None, typer.Argument(help="Trained entries.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every trained entry.")] = False,
+    owner: Annotated[
+        str | None, typer.Option(help="On the Hub (default: $TAMZOO_HUB_OWNER or tamzoo).")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="New repositories are private.")] = False,
+    create_pr: Annotated[bool, typer.Option(help="Open pull requests instead of pushing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Write nothing, say what would be uploaded.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Test images for a check by sample (default: $TAMZOO_DATA).")
+    ] = None,
+) -> None:
+    """Publish entries to the Hugging Face Hub; a second run uploads only what has changed."""
+    import os
+    from functools import cache
+    from importlib import import_module
+
+    from huggingface_hub import HfApi
+
+    from tamzoo import hub
+    from tamzoo.catalogue import HUB_OWNER
+    from tamzoo.data import data_directory, load_split
+    from tamzoo.publish import check_sample, collect, release
+    from tamzoo.records import read_record
+
+    entries = [entry for entry in _chosen(names, every) if entry.trained or not every]
+    if hub.CARDS is None:
+        raise ValueError("publishing needs a clone: here is no folder model_cards")
+    cards, owner, api = hub.CARDS, owner or HUB_OWNER, HfApi()
+    folder = data_directory(data) if data or os.environ.get("TAMZOO_DATA") else None
+    if folder is None:
+        print("no --data and no TAMZOO_DATA: the staged weights are not evaluated on a sample")
+
+    @cache
+    def test_split(dataset: Any) -> Any:
+        assert folder is not None
+        return load_split(folder, dataset, "test", _bar)
+
+    def check(model: Any, entry: Any) -> None:
+        score = read_record(cards / entry.name / "record.json").score
+        check_sample(model, entry, test_split(entry.dataset), score)
+
+    done = []
+    for published in release(
+        entries,
+        api,
+        cards,
+        owner=owner,
+        private=private,
+        create_pr=create_pr,
+        dry_run=dry_run,
+        export=import_module("tamzoo.onnx_export").export_onnx,
+        check=check if folder else None,
+    ):
+        done.append(published.repo_id)
+        verb = "would upload" if dry_run else "uploaded"
+        what = [f"{verb} {', '.join(published.uploaded)}"] if published.uploaded else []
+        what += [f"{'would delete' if dry_run else 'deleted'} {', '.join(published.deleted)}"] * bool(
+            published.deleted
+        )
+        print(
+            f"{published.pull_request or published.url}: {'; '.join(what) or 'nothing to upload'}", flush=True
+        )
+    if done and not (dry_run or create_pr):
+        print(f"collection: {collect(done, api, owner, private=private)}")
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="Entries.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every entry.")] = False,
+    owner: Annotated[
+        str | None, typer.Option(help="On the Hub (default: $TAMZOO_HUB_OWNER or tamzoo).")
+    ] = None,
+    remote: Annotated[bool, typer.Option(help="Also the Hub's copy of trained entries.")] = True,
+) -> None:
+    """Check entries here and on the Hub: files, hashes, cards, configurations, golden logits."""
+    from huggingface_hub import HfApi
+
+    from tamzoo import hub
+    from tamzoo.catalogue import HUB_OWNER
+    from tamzoo.verify import verify_folder, verify_remote
+
+    api, owner, bad = HfApi(), owner or HUB_OWNER, 0
+    for entry in _chosen(names, every):
+        found = {}
+        if hub.CARDS is not None and (hub.CARDS / entry.name).is_dir():
+            found["here"] = verify_folder(entry, hub.CARDS / entry.name)
+        if remote and entry.trained:
+            found[f"{owner}/{entry.name}"] = verify_remote(entry, api, owner)
+        for place, problems in found.items():
+            print(f"{entry.name}: {place}: {'; '.join(problems) or 'right'}", flush=True)
+        bad += any(found.values())
+    if bad:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     app()

@@ -1,10 +1,11 @@
 """Entries to the Hub: staged, validated, uploaded in one commit each, tagged and collected."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -66,7 +67,7 @@ def stage(
     *,
     owner: str = HUB_OWNER,
     export: Callable[[nn.Module, Path], Any] | None = None,
-    check: Callable[[nn.Module], Any] | None = None,
+    check: Callable[[nn.Module, Entry], Any] | None = None,
 ) -> Staged:
     """Lays out and validates what an entry's Hub repository will hold.
 
@@ -91,7 +92,7 @@ def stage(
         write_whole(folder / path, text)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     if check:
-        check(model)
+        check(model, entry)
     if export:
         (folder / ONNX).parent.mkdir()
         export(model, folder / ONNX)
@@ -223,3 +224,34 @@ def collect(repo_ids: list[str], api: HfApi, owner: str = HUB_OWNER, *, private:
         for repo_id in sorted(set(repo_ids) - {item.item_id for item in collection.items}):
             collection = api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
         return collection.url
+
+
+def release(
+    entries: Iterable[Entry],
+    api: HfApi,
+    cards: Path,
+    *,
+    owner: str = HUB_OWNER,
+    private: bool = False,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    export: Callable[[nn.Module, Path], Any] | None = None,
+    check: Callable[[nn.Module, Entry], Any] | None = None,
+) -> Iterator[Published]:
+    """Stages and publishes one entry after another; the first that fails ends it.
+
+    Args:
+        cards: Holds a folder for every entry.
+        export: As for `stage`; so is `check`.
+    """
+    for entry in entries:
+        with TemporaryDirectory(prefix="tamzoo-") as folder:
+            staged = stage(
+                entry,
+                cards / entry.name,
+                Path(folder),
+                owner=owner,
+                export=export,
+                check=check,
+            )
+            yield publish(staged, api, private=private, create_pr=create_pr, dry_run=dry_run)

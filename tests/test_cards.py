@@ -4,12 +4,13 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
+from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml, parse_eval_result_entries
 from timm.models import get_pretrained_cfg
 
 from tamzoo import hub
@@ -79,7 +80,9 @@ def test_an_untrained_card_says_so_first_and_claims_nothing(name):
 def test_a_trained_card_shows_ours_beside_the_papers(name):
     entry = ENTRIES[name]
     text = render_card(entry, a_record(entry))
-    results = ModelCard(text).data.eval_results  # huggingface_hub's own reading of model-index
+    data = ModelCard(text).data  # huggingface_hub's own reading of model-index
+    assert isinstance(data, ModelCardData)
+    results = data.eval_results
     assert results is not None and results[0].metric_value == 94.75
     assert results[0].dataset_type == entry.dataset.hub_id
     assert "5.25 %" in text and "last epoch" in text and "23 of 10000 test images" in text
@@ -116,7 +119,7 @@ def test_a_trained_folder_loads_with_gates_and_golden_logits(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert len(config["golden_logits"]) == 10 and config["gates"][0]["name"] == "layer1.0.se"
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert model.pretrained_cfg["label_names"][0] == "airplane"
+    assert cast(dict, model.pretrained_cfg)["label_names"][0] == "airplane"
     assert write_cards(tmp_path, [entry], draw) == []
     text = config_json(entry, golden=[1.0])
     assert json.loads(text)["golden_logits"] == [1.0]

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import timm
@@ -310,7 +311,7 @@ def test_timms_own_sources_still_work(registered, server, tmp_path):
     server.store.push(registered.hub_id, "main", "config", {"config.json": config})
     cache = tmp_path / "cache"
     model = timm.create_model(f"hf-hub:{registered.hub_id}", pretrained=True, cache_dir=cache)
-    assert model.pretrained_cfg["tag"] == "cifar10"
+    assert cast(dict, model.pretrained_cfg)["tag"] == "cifar10"
     assert registry.find_model(NAME) == NAME
 
 

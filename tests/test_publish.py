@@ -2,17 +2,21 @@
 
 import re
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi
+from typer.testing import CliRunner
 
 from tamzoo import hub
-from tamzoo.catalogue import ENTRIES
+from tamzoo.catalogue import ENTRIES, Entry
+from tamzoo.cli import app
 from tamzoo.data import Split
 from tamzoo.evaluate import evaluate
 from tamzoo.publish import TAG, Staged, check_sample, collect, publish, stage
@@ -338,7 +342,7 @@ def test_the_sample_tells_other_weights_from_the_records(tmp_path):
     )
     scores = []
 
-    def check(model: torch.nn.Module) -> None:
+    def check(model: torch.nn.Module, entry: Entry) -> None:
         scores.append(evaluate(model, split, entry.dataset))
         check_sample(model, entry, split, scores[0])
         check_sample(model, entry, split, a_record(entry).score)
@@ -367,3 +371,47 @@ def test_a_download_that_arrives_damaged_is_found_out(server, api, staged, tmp_p
     assert verify_remote(staged.entry, api, cache_dir=tmp_path / "cache") == [
         "log.csv differs from what the Hub lists"
     ]
+
+
+# The commands
+
+
+@pytest.fixture
+def command(server, tmp_path, monkeypatch):
+    """Runs a command as a user of the loopback Hub who has a clone with one trained entry."""
+    entry = stand_in(tmp_path / "cards")
+    monkeypatch.setattr(hub, "CARDS", tmp_path / "cards")
+    monkeypatch.setitem(ENTRIES, NAME, entry)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.delenv("TAMZOO_DATA", raising=False)
+    exporter = ModuleType("tamzoo.onnx_export")
+    exporter.export_onnx = fake_export  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "tamzoo.onnx_export", exporter)
+    return lambda *words: CliRunner().invoke(app, list(words))
+
+
+def test_the_commands_publish_and_verify(command, server):
+    told = command("publish", NAME, "--dry-run").output
+    assert "would upload .eval_results/cifar10.yaml, README.md" in told and not server.store.repos()
+    told = command("publish", NAME)
+    assert told.exit_code == 0 and f"{server.url}/{REPO}: uploaded" in told.output
+    assert "collection: " in told.output and "hf_" not in told.output
+    assert f"{server.url}/{REPO}: nothing to upload" in command("publish", NAME).output
+    told = command("verify", NAME)
+    assert told.exit_code == 0 and told.stdout == f"{NAME}: here: right\n{NAME}: {REPO}: right\n"
+    server.store.push(REPO, "main", "worse", {"log.csv": b""})
+    told = command("verify", NAME)
+    assert told.exit_code == 0, "a log is no rendering; only its presence is checked"
+    server.store.push(REPO, "main", "worse", {"README.md": b""})
+    told = command("verify", NAME)
+    assert told.exit_code == 1 and "README.md is not what" in told.output
+
+
+@pytest.mark.parametrize("words", [(), (NAME, "--all"), ("resnet18_tam.svhm",), ("resnet152_tam.cifar10",)])
+def test_the_commands_refuse_what_is_no_entry(command, words):
+    for name in ("publish", "verify"):
+        assert isinstance(command(name, *words).exception, ValueError)
