@@ -6,6 +6,7 @@ Transfers are LFS's: clients set HF_HUB_DISABLE_XET=1.
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 from tests.hub_routes import TOKENS, Answer, Request, Routes
 from tests.hub_store import Store
@@ -36,12 +39,20 @@ class Fault:
     code: str = ""
     message: str = "injected"
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | None = None  # in place of the answer's
     corrupt: bool = False
     cut: int | None = None
     drop: int | None = None
     refuse_effect: bool = False  # drop the connection before the request takes effect
     seen: int = 0
+
+    def spoil(self, answer: Answer) -> None:
+        answer.headers |= self.headers
+        if self.corrupt and answer.body:
+            middle = len(answer.body) // 2
+            changed = bytes([answer.body[middle] ^ 0xFF])
+            answer.body = answer.body[:middle] + changed + answer.body[middle + 1 :]
+        if self.cut is not None:
+            answer.body = answer.body[: self.cut]
 
 
 class Hub(Routes):
@@ -111,26 +122,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if fault.delay:
                 hub.stopping.wait(fault.delay)
             if fault.status:
-                answer = Answer(
-                    fault.status, json.dumps({"error": fault.message}).encode(), dict(fault.headers)
-                )
-                answer.headers |= {"X-Error-Message": fault.message} | (
-                    {"X-Error-Code": fault.code} if fault.code else {}
-                )
-            elif fault.refuse_effect:
-                answer = Answer(0)
+                answer = Answer(fault.status, json.dumps({"error": fault.message}).encode())
+                answer.headers["X-Error-Message"] = fault.message
+                if fault.code:
+                    answer.headers["X-Error-Code"] = fault.code
             else:
-                answer = hub.answer(request)
-                answer.headers |= fault.headers
-            if fault.body is not None:
-                answer.body = fault.body
-            if fault.corrupt and answer.body:
-                middle = len(answer.body) // 2
-                answer.body = (
-                    answer.body[:middle] + bytes([answer.body[middle] ^ 0xFF]) + answer.body[middle + 1 :]
-                )
-            if fault.cut is not None:
-                answer.body = answer.body[: fault.cut]
+                answer = Answer(0) if fault.refuse_effect else hub.answer(request)
+            fault.spoil(answer)
             dropped = fault.refuse_effect or fault.drop == -1
             hub.log.append((request.method, unquote(parts.path), 0 if dropped else answer.status))
             if not dropped:
@@ -167,3 +165,23 @@ def running_hub(folder: Path) -> Iterator[Hub]:
         hub.server.shutdown()
         thread.join()
         hub.server.server_close()
+
+
+@contextmanager
+def loopback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A running Hub that is this process's HF_ENDPOINT, and a client without token, xet or long waits."""
+    clock = time.sleep
+    with running_hub(folder / "hub") as hub:
+        constants = "huggingface_hub.constants."
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
+            "HF_TOKEN_PATH": str(folder / "no-token"),
+        }.items():
+            monkeypatch.setattr(constants + name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("time.sleep", lambda seconds: clock(min(seconds, 0.01)))  # between retries
+        yield hub

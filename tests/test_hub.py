@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from tamzoo import hub, registry
 from tamzoo.catalogue import ENTRIES, Entry
 from tamzoo.checkpoint import sha256_of
 from tamzoo.hub import fetch_weights
-from tests.hub_server import Hub, running_hub
+from tests.hub_server import Hub, loopback
 from tests.standins import stand_in
 
 NAME = "resnet20_tam.cifar10"
@@ -31,14 +30,8 @@ ALWAYS = {"times": -1}
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub, "CARDS", None)
-    clock = time.sleep
-    monkeypatch.setattr("time.sleep", lambda seconds: clock(min(seconds, 0.01)))  # retries wait in vain
-    with running_hub(tmp_path / "hub") as server:
+    with loopback(tmp_path, monkeypatch) as server:
         yield server
 
 
@@ -278,9 +271,6 @@ def test_parallel_fetches_share_one_cache(server, entry, fetch):
 def registered(entry, server, monkeypatch):
     """The stand-in as create_model sees a trained entry; the endpoint as HF_ENDPOINT sets it."""
     monkeypatch.setitem(ENTRIES, NAME, entry)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     found = get_pretrained_cfg(NAME)
     assert found is not None
     cfg = replace(found, hf_hub_id=f"{entry.hub_id}@v1")

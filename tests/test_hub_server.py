@@ -1,7 +1,6 @@
 """The loopback Hub, driven by huggingface_hub's own client and nothing else."""
 
 import hashlib
-import time
 import warnings
 
 import pytest
@@ -15,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub_server import Hub, running_hub
+from tests.hub_server import Hub, loopback, running_hub
 
 # huggingface_hub's own upload raises it inside httpx
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -27,12 +26,7 @@ CARD = b"---\nlicense: apache-2.0\ntags: [a]\n---\n# A card\n"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    clock = time.sleep
-    monkeypatch.setattr("time.sleep", lambda seconds: clock(min(seconds, 0.01)))  # retries wait in vain
-    with running_hub(tmp_path / "hub") as hub:
+    with loopback(tmp_path, monkeypatch) as hub:
         yield hub
 
 
@@ -175,7 +169,6 @@ def test_collections_hold_each_item_once(hub, api, repo):
 
 
 def test_cards_are_validated(hub, api, repo, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     ModelCard(CARD.decode()).validate()
     with pytest.raises(ValueError, match="license"):
         ModelCard("---\nlicense: mine\n---\n").validate()

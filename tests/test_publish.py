@@ -3,7 +3,6 @@
 import re
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ from tamzoo.data import Split
 from tamzoo.evaluate import evaluate
 from tamzoo.publish import TAG, Staged, check_sample, collect, publish, stage
 from tamzoo.verify import verify_remote
-from tests.hub_server import Hub, running_hub
+from tests.hub_server import Hub, loopback
 from tests.standins import a_record, stand_in
 
 # huggingface_hub's own upload raises it inside httpx
@@ -48,13 +47,8 @@ def fake_export(model: torch.nn.Module, path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub, "CARDS", None)
-    clock = time.sleep
-    monkeypatch.setattr("time.sleep", lambda seconds: clock(min(seconds, 0.01)))  # retries wait in vain
-    with running_hub(tmp_path / "hub") as server:
+    with loopback(tmp_path, monkeypatch) as server:
         yield server
 
 
@@ -337,8 +331,8 @@ def test_the_sample_tells_other_weights_from_the_records(tmp_path):
     (tmp_path / "staged").mkdir()
     generator = np.random.default_rng(0)
     split = Split(
-        pixels=torch.from_numpy(generator.integers(0, 256, (100, 3, 32, 32), dtype=np.uint8)),
-        labels=torch.from_numpy(generator.integers(0, 10, 100)),
+        pixels=torch.from_numpy(generator.integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)),
+        labels=torch.from_numpy(generator.integers(0, 10, 40)),
     )
     scores = []
 
@@ -382,10 +376,6 @@ def command(server, tmp_path, monkeypatch):
     entry = stand_in(tmp_path / "cards")
     monkeypatch.setattr(hub, "CARDS", tmp_path / "cards")
     monkeypatch.setitem(ENTRIES, NAME, entry)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     monkeypatch.delenv("TAMZOO_DATA", raising=False)
     exporter = ModuleType("tamzoo.onnx_export")
