@@ -101,7 +101,7 @@ def explain(error: BaseException, repo: str, revision: str | None = None, endpoi
     while isinstance(cause, LocalEntryNotFoundError | RuntimeError) and cause.__cause__ is not None:
         cause = cause.__cause__  # these wrap what happened on the network
     endpoint = endpoint or constants.ENDPOINT
-    if constants.is_offline_mode() and isinstance(error, LocalEntryNotFoundError | ValueError):
+    if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError | ValueError):
         return f"{repo} is not in the cache and HF_HUB_OFFLINE is set; unset it once to download"
     for kind, text in {
         GatedRepoError: f"access to {repo} is restricted; ask for it at {endpoint}/{repo}, then {LOGIN}",

@@ -183,8 +183,8 @@ class Routes:
         self.check_write(request, repo)
         sent = request.json
         changes = {"gated": sent["gated"]} if "gated" in sent else {}
-        if "visibility" in sent:
-            changes["private"] = sent["visibility"] == "private"
+        if "visibility" in sent or "private" in sent:  # huggingface_hub 2.x or 1.x
+            changes["private"] = sent.get("visibility") == "private" or bool(sent.get("private"))
         self.store.change(repo, **changes)
         return json_answer(changes)
 

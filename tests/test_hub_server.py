@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub_server import Hub, loopback, running_hub
+from tests.hub_server import Hub, loopback, patient_client, running_hub
 
 # huggingface_hub's own upload raises it inside httpx
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -194,6 +194,7 @@ def test_the_state_is_on_disk(tmp_path, hub, api, repo):
         assert HfApi(endpoint=again.url).model_info(REPO).sha == repo.oid
 
 
+@patient_client
 @pytest.mark.parametrize(
     "fault",
     [
@@ -211,6 +212,7 @@ def test_the_client_rides_out_one_fault(hub, repo, tmp_path, fault):
     assert injected.times == 0
 
 
+@patient_client
 @pytest.mark.parametrize(
     ("fault", "error"),
     [

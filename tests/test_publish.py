@@ -1,10 +1,13 @@
 """Publishing to a loopback Hub, also while things go wrong: nothing lost, nothing half-published."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 
 import numpy as np
@@ -20,7 +23,7 @@ from tamzoo.data import Split
 from tamzoo.evaluate import evaluate
 from tamzoo.publish import TAG, Staged, check_sample, collect, publish, stage
 from tamzoo.verify import verify_remote
-from tests.hub_server import Hub, loopback
+from tests.hub_server import Hub, loopback, patient_client
 from tests.standins import a_record, stand_in
 
 # huggingface_hub's own upload raises it inside httpx
@@ -175,6 +178,7 @@ RIDDEN_OUT = {
 }
 
 
+@patient_client
 @pytest.mark.parametrize("fault", RIDDEN_OUT)
 def test_the_publisher_notices_nothing_when(fault, server, api, staged):
     injected = server.fault(**RIDDEN_OUT[fault])
@@ -302,6 +306,46 @@ def test_a_collection_that_fails_is_finished_by_the_next_run(server, api, staged
             collect([REPO], api)
     collect([REPO], api)
     assert [item["id"] for item in server.store.collections()[0]["items"]] == [REPO]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tamzoo.publish import Staged, publish
+from tests.standins import stand_in
+from huggingface_hub import HfApi
+entry = stand_in(Path(sys.argv[2]))
+publish(Staged(entry=entry, folder=Path(sys.argv[1]), owner="tamzoo"), HfApi())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_finished_by_the_next(server, api, staged, tmp_path):
+    uploading = Event()
+    server.fault(
+        method="POST", path="/commit/", before=lambda hub: uploading.set(), delay=60, refuse_effect=True
+    )
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_writer",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(staged.folder), str(tmp_path / "cards")],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    assert uploading.wait(300)
+    run.kill()
+    run.wait()
+    server.stopping.set()  # ends the delay
+    assert set(server.store.files(REPO)) == {".gitattributes"}
+    server.log.clear()
+    publish(staged, api)
+    assert published_whole(server, staged)
+    assert not [path for method, path, _ in server.log if method == "PUT"], "the blobs were there already"
 
 
 # Staging and verifying
