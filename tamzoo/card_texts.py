@@ -77,7 +77,7 @@ import torch
 model = torch.hub.load("$source", "$model", pretrained=True, pretrained_cfg="$tag", trust_repo=True)
 ```
 
-With onnxruntime, without PyTorch$folded:
+With onnxruntime, without PyTorch:
 
 ```python
 import numpy as np

@@ -47,7 +47,6 @@ def render_card(entry: Entry, record: Record | None = None, owner: str = HUB_OWN
         hub_id=f"{owner}/{entry.name}",
         model=entry.model,
         tag=entry.dataset.tag,
-        folded=", gates folded into the weights" if entry.attention == "tam" else "",
         c=c,
         h=h,
         w=w,

@@ -90,55 +90,29 @@ def publish(
 ) -> None:
     """Publish entries to the Hugging Face Hub; a second run uploads only what has changed."""
     import os
-    from functools import cache
     from importlib import import_module
 
     from huggingface_hub import HfApi
 
     from tamzoo import hub
     from tamzoo.catalogue import HUB_OWNER
-    from tamzoo.data import data_directory, load_split
-    from tamzoo.publish import check_sample, collect, release
-    from tamzoo.records import read_record
+    from tamzoo.data import data_directory
+    from tamzoo.publish import collect, release, sampler
 
     entries = [entry for entry in _chosen(names, every) if entry.trained or not every]
     if hub.CARDS is None:
         raise ValueError("publishing needs a clone: here is no folder model_cards")
-    cards, owner, api = hub.CARDS, owner or HUB_OWNER, HfApi()
+    owner, api = owner or HUB_OWNER, HfApi()
     folder = data_directory(data) if data or os.environ.get("TAMZOO_DATA") else None
     if folder is None:
         print("no --data and no TAMZOO_DATA: the staged weights are not evaluated on a sample")
-
-    @cache
-    def test_split(dataset: Any) -> Any:
-        assert folder is not None
-        return load_split(folder, dataset, "test", _bar)
-
-    def check(model: Any, entry: Any) -> None:
-        score = read_record(cards / entry.name / "record.json").score
-        check_sample(model, entry, test_split(entry.dataset), score)
-
+    export = import_module("tamzoo.onnx_export").export_onnx
+    check = sampler(folder, hub.CARDS, _bar) if folder else None
+    options = {"owner": owner, "private": private, "create_pr": create_pr, "dry_run": dry_run}
     done = []
-    for published in release(
-        entries,
-        api,
-        cards,
-        owner=owner,
-        private=private,
-        create_pr=create_pr,
-        dry_run=dry_run,
-        export=import_module("tamzoo.onnx_export").export_onnx,
-        check=check if folder else None,
-    ):
+    for published in release(entries, api, hub.CARDS, export=export, check=check, **options):
         done.append(published.repo_id)
-        verb = "would upload" if dry_run else "uploaded"
-        what = [f"{verb} {', '.join(published.uploaded)}"] if published.uploaded else []
-        what += [f"{'would delete' if dry_run else 'deleted'} {', '.join(published.deleted)}"] * bool(
-            published.deleted
-        )
-        print(
-            f"{published.pull_request or published.url}: {'; '.join(what) or 'nothing to upload'}", flush=True
-        )
+        print(published, flush=True)
     if done and not (dry_run or create_pr):
         print(f"collection: {collect(done, api, owner, private=private)}")
 

@@ -85,12 +85,18 @@ def fetch_weights(
             return path
         damaged = True
     assert path is not None
-    found_sha256 = sha256_of(path)
+    raise ValueError(_discard(path, entry))
+
+
+def _discard(path: Path, entry: Entry) -> str:
+    """Deletes weights that are not the catalogue's from the cache, and says so."""
+    assert entry.trained is not None
+    found, wanted = sha256_of(path), entry.trained.sha256
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
-    raise ValueError(
-        f"{entry.name}: {entry.hub_id} at {revision or 'main'} serves weights with SHA-256 "
-        f"{found_sha256[:12]}..., the catalogue says {sha256[:12]}...; they were deleted from the cache. "
+    return (
+        f"{entry.name}: {entry.hub_id} at {entry.trained.revision or 'main'} serves weights with SHA-256 "
+        f"{found[:12]}..., the catalogue says {wanted[:12]}...; they were deleted from the cache. "
         "Update tamzoo, or fetch from another HF_ENDPOINT"
     )
 

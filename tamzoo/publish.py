@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +16,12 @@ from torch import nn
 
 from tamzoo import __version__
 from tamzoo.cards import card_files
-from tamzoo.catalogue import HUB_OWNER, Entry
+from tamzoo.catalogue import HUB_OWNER, Dataset, Entry
 from tamzoo.checkpoint import write_whole
-from tamzoo.data import Split
+from tamzoo.data import Split, load_split
 from tamzoo.evaluate import evaluate
 from tamzoo.hub import LOGIN, WEIGHTS, explain, hash_like, listing
+from tamzoo.progress import Progress, silent
 from tamzoo.records import Score, read_record
 from tamzoo.verify import ONNX, stored_golden, verify_folder
 
@@ -58,6 +60,17 @@ class Published:
     deleted: list[str] = field(default_factory=list)
     tag: str | None = None  # made now, or to be made
     pull_request: str | None = None
+    dry_run: bool = False
+
+    def __str__(self) -> str:
+        would = "would be " if self.dry_run else ""
+        told = [
+            f"{would}{what}: {', '.join(paths)}"
+            for what, paths in (("uploaded", self.uploaded), ("deleted", self.deleted))
+            if paths
+        ]
+        told += [f"{would}tagged {self.tag}"] if self.tag else []
+        return f"{self.pull_request or self.url}: {'; '.join(told) or 'nothing to upload'}"
 
 
 def stage(
@@ -113,6 +126,26 @@ def check_sample(model: nn.Module, entry: Entry, split: Split, score: Score, n: 
             f"{entry.name}: the staged weights err on {found:.1f} % of {len(sample)} test images, "
             f"the record says {expected:.1f} %; evaluate them again"
         )
+
+
+def sampler(data: Path, cards: Path, progress: Progress = silent) -> Callable[[nn.Module, Entry], None]:
+    """A `check` for `stage` that evaluates on a sample; each test split is loaded once.
+
+    Args:
+        data: Holds the data sets, as for `data.load_split`.
+        cards: Holds a folder with a record for every entry.
+    """
+
+    @cache
+    def split(dataset: Dataset) -> Split:
+        return load_split(data, dataset, "test", progress)
+
+    def check(model: nn.Module, entry: Entry) -> None:
+        check_sample(
+            model, entry, split(entry.dataset), read_record(cards / entry.name / "record.json").score
+        )
+
+    return check
 
 
 @contextmanager
@@ -171,6 +204,7 @@ def publish(
             uploaded=uploaded,
             deleted=deleted,
             tag=None if tagged or create_pr else TAG,
+            dry_run=dry_run,
         )
         return done if dry_run else _upload(staged, api, done, head, create_pr)
 

@@ -430,9 +430,9 @@ def command(server, tmp_path, monkeypatch):
 
 def test_the_commands_publish_and_verify(command, server):
     told = command("publish", NAME, "--dry-run").output
-    assert "would upload .eval_results/cifar10.yaml, README.md" in told and not server.store.repos()
+    assert "would be uploaded: .eval_results/cifar10.yaml, README.md" in told and not server.store.repos()
     told = command("publish", NAME)
-    assert told.exit_code == 0 and f"{server.url}/{REPO}: uploaded" in told.output
+    assert told.exit_code == 0 and f"{server.url}/{REPO}: uploaded: " in told.output
     assert "collection: " in told.output and "hf_" not in told.output
     assert f"{server.url}/{REPO}: nothing to upload" in command("publish", NAME).output
     told = command("verify", NAME)
