@@ -130,7 +130,7 @@ def explain(error: BaseException, repo: str, revision: str | None = None, endpoi
         return f"{place}: {cause.strerror}; free or choose another folder with cache_dir or HF_HOME"
     if "Consistency check failed" in str(cause):
         return f"the download from {endpoint} was cut short; try again"
-    return str(cause).strip().replace("\n", " ")
+    return str(cause).strip(". \n").replace("\n", " ")
 
 
 def _explain_status(status: int, cause: BaseException, repo: str, revision: str | None) -> str:
