@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tamzoo.class_names import CIFAR10, CIFAR100
 from tamzoo.recipes import RECIPES
 
+PAPER_TITLE = "Tree-structured Attention Module for Image Classification"
 HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", "tamzoo")
 ATTENTION_NAMES = ("plain", "se", "cbam", "tam")
 
@@ -232,6 +233,7 @@ class Trained:
 
     sha256: str  # of model.safetensors
     recipe: str
+    revision: str | None = None  # of the Hub repository: a tag or a commit; None before it is published
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES or len(self.sha256) != 64:

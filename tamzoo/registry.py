@@ -13,22 +13,11 @@ from torch import Tensor, nn
 
 from tamzoo.attention import ATTENTIONS
 from tamzoo.backbones import BasicBlock, Bottleneck, ResNet, WideResNet
-from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, Backbone, Dataset
+from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, PAPER_TITLE, Backbone, Dataset, Entry
 from tamzoo.checkpoint import check_fit, check_weights_file
-
-PAPER_TITLE = "Tree-structured Attention Module for Image Classification"
-_PACKAGE = Path(__file__).parent
-CARDS = next(
-    (path for path in (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards") if path.is_dir()), None
-)
+from tamzoo.hub import CARDS, entry_folder, fetch_weights
 
 __all__: list[str] = ["CARDS", "MODELS", "entry_folder", "find_model"]
-
-
-def entry_folder(name: str) -> Path | None:
-    """The entry's folder in the clone or the wheel, where its weights are there."""
-    folder = CARDS / name if CARDS else None
-    return folder if folder and (folder / "model.safetensors").is_file() else None
 
 
 def find_model(name: str) -> str:
@@ -67,9 +56,14 @@ def _pretrained_cfg(model: str, dataset: Dataset) -> dict[str, Any]:
         "paper_name": PAPER_TITLE,
     }
     if entry and entry.trained:
-        folder = entry_folder(name)
-        cfg |= {"file": str(folder / "model.safetensors")} if folder else {"hf_hub_id": entry.hub_id}
+        cfg["hf_hub_id"] = _hub_source(entry)
     return cfg
+
+
+def _hub_source(entry: Entry) -> str:
+    """The Hub repository as timm writes it, with the revision after an @."""
+    revision = entry.trained.revision if entry.trained else None
+    return f"{entry.hub_id}@{revision}" if revision else entry.hub_id
 
 
 def _build(model: str, backbone: Backbone, attention: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -83,10 +77,13 @@ def _build(model: str, backbone: Backbone, attention: str, pretrained: bool, **k
                 f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
                 "For an untrained model pass pretrained=False"
             )
-        if cfg.file and cfg.source is None:
-            entry = ENTRIES.get(name)
-            ours = entry and entry.trained and not (overlay or {}).get("file")
-            check_weights_file(Path(cfg.file), entry.trained.sha256 if ours else None)  # pyright: ignore
+        entry = ENTRIES.get(name)
+        own_source = cfg.file or cfg.state_dict or cfg.source  # the caller's, which timm reads
+        if entry and entry.trained and cfg.hf_hub_id == _hub_source(entry) and not own_source:
+            path = fetch_weights(entry, kwargs.get("cache_dir"))
+            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), "file": str(path)}
+        elif cfg.file and cfg.source is None:
+            check_weights_file(Path(cfg.file))
     small = DATASETS[cfg.tag].stem == "3x3" if cfg.tag in DATASETS else cfg.input_size[-1] < 128
     attn_layer = ATTENTIONS[attention]
     if attention == "tam" and "group_size" in kwargs:

@@ -1,0 +1,143 @@
+"""The words of the model cards."""
+
+from string import Template
+
+from tamzoo.catalogue import PAPER_TITLE
+
+SOURCE = "tamzoo/tamzoo"  # the code, on GitHub
+PAPER_URL = "https://openreview.net/forum?id=r1xBoxBYDH"
+ATTENTION_TEXTS = {
+    "plain": "without attention: the baseline of the paper's tables",
+    "se": "with Squeeze-and-Excitation (reduction 16) at the end of every residual branch",
+    "cbam": "with CBAM (reduction 16) at the end of every residual branch",
+    "tam": "with a Tree-structured Attention Module (TAM) at the end of every residual branch: "
+    "grouped 1x1 convolutions and PReLUs that fold all channels into one gate per position",
+}
+DATA_LICENCES = {
+    "cifar10": "CIFAR-10 is published without a licence; ask its authors before commercial use.",
+    "cifar100": "CIFAR-100 is published without a licence; ask its authors before commercial use.",
+    "svhn": "SVHN is for non-commercial use only, which covers weights trained on it.",
+}
+
+TRAINED = Template("""\
+---
+$front
+---
+# $name
+
+$what Trained on $dataset; one of the models of
+[$source](https://github.com/$source), an implementation of [$paper]($paper_url).
+
+## Results
+
+$results
+
+Ours is of the $selection on $n test images$note; the paper's errors are of its best test epoch.
+Expected calibration error $calibration % (15 bins), mean cross-entropy $loss.
+
+## How it was trained
+
+$training
+
+Every setting is in `record.json`, every epoch in `log.csv`.
+
+## How to use it
+
+With timm (`pip install tamzoo`); weights are checked against the SHA-256 in tamzoo's catalogue:
+
+```python
+import tamzoo  # registers the architectures
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("$name", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open("photo.png").convert("RGB")
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0]
+label_names = model.pretrained_cfg["label_names"]
+print(label_names[int(probabilities.argmax())], float(probabilities.max()))
+```
+
+Straight from this repository:
+
+```python
+import tamzoo
+import timm
+
+model = timm.create_model("hf-hub:$hub_id", pretrained=True).eval()
+```
+
+With torch.hub:
+
+```python
+import torch
+
+model = torch.hub.load("$source", "$model", pretrained=True, pretrained_cfg="$tag", trust_repo=True)
+```
+
+With onnxruntime, without PyTorch:
+
+```python
+import numpy as np
+import onnxruntime
+from huggingface_hub import hf_hub_download
+
+session = onnxruntime.InferenceSession(hf_hub_download("$hub_id", "onnx/model.onnx"))
+images = np.zeros((1, $c, $h, $w), dtype=np.float32)  # normalised by mean and std of config.json
+logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+```
+$gates
+## Limits
+
+- The model knows $h x $w pixel images of $classes classes; it gives one of them to any image.
+- One run with one seed: differences of a few tenths of a percent between entries are noise.
+- $licence The code and, as far as they are ours to license, the weights are under Apache 2.0.
+
+## Citation
+
+$citation
+""")
+
+UNTRAINED = Template("""\
+---
+$front
+---
+# $name
+
+**Not trained.** There are no weights for this entry, and nothing is claimed about its accuracy.
+
+$what Set up for $dataset; one of the models of
+[$source](https://github.com/$source), an implementation of [$paper]($paper_url).
+$cell
+## How to use it
+
+With timm (`pip install tamzoo`), from random weights:
+
+```python
+import tamzoo  # registers the architectures
+import timm
+
+model = timm.create_model("$name")
+```
+
+Train it with `tamzoo train $name --out runs/$name`.
+
+## Limits
+
+- $licence The code is under Apache 2.0.
+
+## Citation
+
+$citation
+""")
+
+CITATION = f"""\
+```bibtex
+@misc{{tam2020,
+  title = {{{PAPER_TITLE}}},
+  howpublished = {{ICLR 2020 submission, OpenReview r1xBoxBYDH}},
+  url = {{{PAPER_URL}}}
+}}
+```"""

@@ -1,0 +1,222 @@
+"""Catalogue rows and records as the texts of a Hub repository: card, configuration, evaluation results."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tamzoo.card_texts import ATTENTION_TEXTS, CITATION, DATA_LICENCES, PAPER_URL, SOURCE, TRAINED, UNTRAINED
+from tamzoo.catalogue import HUB_OWNER, PAPER_TITLE, Entry
+from tamzoo.records import GateStats, Record
+
+
+def render_card(entry: Entry, record: Record | None = None, owner: str = HUB_OWNER) -> str:
+    """The README.md of an entry's Hub repository.
+
+    Args:
+        record: Of the weights; None renders the card of an entry without.
+    Raises:
+        ValueError: the record is of another entry.
+    """
+    if record is not None and record.entry != entry.name:
+        raise ValueError(f"{entry.name}: the record is of {record.entry}")
+    texts: dict[str, Any] = {
+        "front": "\n".join(_front_matter(entry, record)),
+        "name": entry.name,
+        "what": f"{entry.backbone.title} {ATTENTION_TEXTS[entry.attention]}.",
+        "dataset": entry.dataset.title,
+        "source": SOURCE,
+        "paper": PAPER_TITLE,
+        "paper_url": PAPER_URL,
+        "licence": DATA_LICENCES[entry.dataset.tag],
+        "citation": CITATION,
+    }
+    if record is None:
+        return UNTRAINED.substitute(texts, cell=_paper_text(entry))
+    c, h, w = entry.dataset.input_size
+    note = f" ({record.score.data_note})" if record.score.data_note else ""
+    return TRAINED.substitute(
+        texts,
+        results=_results(entry, record),
+        selection=record.selection,
+        n=f"{record.score.n:,}",
+        note=note,
+        calibration=f"{record.score.calibration_error:.2f}",
+        loss=f"{record.score.loss:.4f}",
+        training=_training(record),
+        hub_id=f"{owner}/{entry.name}",
+        model=entry.model,
+        tag=entry.dataset.tag,
+        c=c,
+        h=h,
+        w=w,
+        classes=entry.dataset.num_classes,
+        gates=_gates(record.gates),
+    )
+
+
+def _front_matter(entry: Entry, record: Record | None) -> Iterable[str]:
+    yield "license: apache-2.0"
+    yield "library_name: timm"
+    yield "pipeline_tag: image-classification"
+    yield "tags:"
+    attention = [] if entry.attention == "plain" else [entry.attention, "attention"]
+    for tag in ["image-classification", "timm", "tamzoo", entry.backbone.name, *attention]:
+        yield f"- {tag}"
+    if record is None:
+        yield "- untrained"
+        return
+    yield f"datasets:\n- {entry.dataset.hub_id}"
+    yield "metrics:\n- accuracy"
+    yield f"model-index:\n- name: {entry.name}\n  results:"
+    yield "  - task:\n      type: image-classification\n      name: Image Classification"
+    yield f"    dataset:\n      type: {entry.dataset.hub_id}\n      name: {entry.dataset.title}"
+    yield "      split: test\n    metrics:"
+    for title, error in (("Top-1", record.score.top1_error), ("Top-5", record.score.top5_error)):
+        kind = "accuracy" if title == "Top-1" else "top_5_accuracy"
+        yield f"    - type: {kind}\n      value: {100 - error:.2f}\n      name: {title} accuracy (percent)"
+
+
+def _paper_text(entry: Entry) -> str:
+    if entry.paper is None:
+        return "\nThe paper has no such row; it is ours.\n"
+    cell = entry.paper
+    top5 = "" if cell.top5_error is None else f", {_percent(cell.top5_error)} (top-5)"
+    return (
+        f"\nFor this row the paper's Table {cell.table} reports an error of {_percent(cell.top1_error)} "
+        f"(top-1){top5}, of the best test epoch. That is the paper's number, not ours.\n"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{value:g} %"
+
+
+def _results(entry: Entry, record: Record) -> str:
+    top1, top5 = record.score.top1_error, record.score.top5_error
+    rows = [
+        ("", "top-1 error", "top-5 error", "parameters"),
+        (f"**ours**, {record.selection}", f"{top1:.2f} %", f"{top5:.2f} %", ""),
+    ]
+    if entry.paper is not None:
+        cell = entry.paper
+        rows.append(
+            (
+                f"paper, Table {cell.table}",
+                _percent(cell.top1_error),
+                "" if cell.top5_error is None else _percent(cell.top5_error),
+                "" if cell.params_m is None else f"{cell.params_m:.2f} M",
+            )
+        )
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def _training(record: Record) -> str:
+    recipe = record.recipe
+    rows = [
+        ("recipe", f"{recipe.get('name', '')}, {record.epochs} epochs, batch {recipe.get('batch_size')}"),
+        (
+            "optimizer",
+            f"SGD, learning rate {recipe.get('lr'):g}, momentum {recipe.get('momentum'):g}"
+            f"{' (Nesterov)' if recipe.get('nesterov') else ''}, weight decay {recipe.get('weight_decay'):g}",
+        ),
+        ("data", f"{record.data}, {record.n_train:,} images{_after(record.data_note)}"),
+        ("selection", record.selection),
+        ("seed", str(record.seed)),
+        ("precision", record.precision),
+        ("hardware", f"{record.hardware}, {record.seconds / 3600:.2f} hours"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
+        ("commit", f"`{record.commit}`"),
+        ("weights", f"SHA-256 `{record.sha256}`"),
+    ]
+    return _table([("", ""), *rows])
+
+
+def _after(note: str) -> str:
+    return f"; {note}" if note else ""
+
+
+def _gates(gates: Sequence[GateStats]) -> str:
+    if not gates:
+        return ""
+    rows = [("gate", "mean", "std", "min", "max", "bounds")]
+    rows += [
+        (
+            f"`{gate.name}`",
+            *(f"{value:.5f}" for value in (gate.mean, gate.std, gate.min, gate.max)),
+            f"{gate.bound_min:.5f} to {gate.bound_max:.5f}",
+        )
+        for gate in gates
+    ]
+    return (
+        f"\n## Gates\n\nOver all positions of {gates[0].n:,} images; a gate with a standard deviation near 0 "
+        "is a number, and folds into the weights before it. The bounds hold for any input whose channels "
+        f"stay in the ranges seen.\n\n{_table(rows)}\n\n![Mean and range of every gate](gates.png)\n"
+    )
+
+
+def config_json(entry: Entry, gates: Sequence[GateStats] = (), golden: Sequence[float] | None = None) -> str:
+    """timm's config.json, from which `hf-hub:` and `local-dir:` build the model.
+
+    Args:
+        golden: Logits on the fixed image that `evaluate.golden_logits` feeds, where there are weights.
+    """
+    backbone, dataset = entry.backbone, entry.dataset
+    expansion = 4 if backbone.block == "bottleneck" else 1
+    config: dict[str, Any] = {
+        "architecture": entry.model,
+        "num_classes": dataset.num_classes,
+        "num_features": backbone.channels[-1] * expansion,
+        "label_names": dataset.class_names,
+        "model_args": {"stem": dataset.stem},
+        "pretrained_cfg": {
+            "tag": dataset.tag,
+            "custom_load": False,
+            "input_size": dataset.input_size,
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": dataset.crop_pct,
+            "crop_mode": "center",
+            "mean": dataset.mean,
+            "std": dataset.std,
+            "num_classes": dataset.num_classes,
+            "first_conv": "conv1",
+            "classifier": "fc",
+            "license": "apache-2.0",
+            "paper_name": PAPER_TITLE,
+        },
+        "gates": [asdict(gate) for gate in gates],
+    }
+    if golden is not None:
+        config["golden_logits"] = list(golden)
+    return json.dumps(config, indent=2) + "\n"
+
+
+def eval_results(entry: Entry, record: Record) -> str:
+    """The `.eval_results/TAG.yaml` of a trained entry: the Hub's form of evaluation results."""
+    return (
+        f"- dataset:\n    id: {entry.dataset.hub_id}\n    task_id: image-classification\n"
+        f"  value: {100 - record.score.top1_error:.2f}\n"
+        f"  notes: top-1 accuracy in percent on {record.score.n} test images, {record.selection}\n"
+    )
+
+
+def card_files(
+    entry: Entry,
+    record: Record | None = None,
+    golden: Sequence[float] | None = None,
+    owner: str = HUB_OWNER,
+) -> dict[str, str]:
+    """Every rendered file of an entry's Hub repository, path to text."""
+    files = {
+        "README.md": render_card(entry, record, owner),
+        "config.json": config_json(entry, record.gates if record else (), golden),
+    }
+    if record is not None:
+        files[f".eval_results/{entry.dataset.tag}.yaml"] = eval_results(entry, record)
+    return files

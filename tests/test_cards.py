@@ -1,0 +1,203 @@
+"""Model cards: rendered from rows and records only, valid, and what timm's own loaders take."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml, parse_eval_result_entries
+from timm.models import get_pretrained_cfg
+
+from tamzoo import hub
+from tamzoo.cards import card_files, config_json, eval_results, render_card
+from tamzoo.catalogue import ENTRIES
+from tamzoo.verify import stored_golden, verify_folder, write_cards
+from tests.hub_server import running_hub
+from tests.standins import a_record, draw, stand_in
+
+NAMES = list(ENTRIES)
+TRAINED = [name for name, entry in ENTRIES.items() if entry.trained]
+CARDS = Path(__file__).parent.parent / "model_cards"
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_there_is_a_folder_for_every_entry_and_no_other():
+    assert {path.name for path in CARDS.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stored_card_equals_its_rendering(name):
+    record = None
+    if ENTRIES[name].trained:
+        from tamzoo.records import read_record
+
+        record = read_record(CARDS / name / "record.json")
+    for path, text in card_files(ENTRIES[name], record, stored_golden(CARDS / name)).items():
+        assert (CARDS / name / path).read_bytes() == text.encode()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_builds_its_model_and_agrees_with_timm(name):
+    entry, config = ENTRIES[name], json.loads((CARDS / name / "config.json").read_text())
+    with torch.device("meta"):
+        model = timm.create_model(f"local-dir:{CARDS / name}")
+    assert (model.num_classes, model.num_features) == (config["num_classes"], config["num_features"])
+    assert model.conv1.stride == (1, 1) and config["architecture"] == entry.model
+    cfg = json.loads(json.dumps(get_pretrained_cfg(name).to_dict(remove_source=True)))  # pyright: ignore
+    ours = config["pretrained_cfg"] | {key: config[key] for key in ("label_names", "architecture")}
+    assert cfg.pop("pool_size") is None  # timm's own default, always listed
+    assert ours == cfg
+
+
+def test_every_card_is_valid_on_the_hub(tmp_path, monkeypatch):
+    with running_hub(tmp_path) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        for name in NAMES:
+            ModelCard(render_card(ENTRIES[name])).validate()
+            ModelCard(render_card(ENTRIES[name], a_record(ENTRIES[name]))).validate()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TRAINED])
+def test_an_untrained_card_says_so_first_and_claims_nothing(name):
+    text = (CARDS / name / "README.md").read_text()
+    body = text.split("---\n", 2)[2]
+    assert body.split("\n\n")[1].startswith("**Not trained.**")
+    front = front_matter(text)
+    assert "untrained" in front["tags"]
+    assert not {"model-index", "metrics", "datasets"} & front.keys()
+    assert "pretrained=True" not in text and "hf-hub:" not in text
+
+
+@pytest.mark.parametrize("name", ["resnet50_cbam.cifar100", "wrn16_8_tam.svhn", "wrn10_4_tam.cifar10"])
+def test_a_trained_card_shows_ours_beside_the_papers(name):
+    entry = ENTRIES[name]
+    text = render_card(entry, a_record(entry))
+    data = ModelCard(text).data  # huggingface_hub's own reading of model-index
+    assert isinstance(data, ModelCardData)
+    results = data.eval_results
+    assert results is not None and results[0].metric_value == 94.75
+    assert results[0].dataset_type == entry.dataset.hub_id
+    assert "5.25 %" in text and "last epoch" in text and "23 of 10000 test images" in text
+    if entry.paper:
+        assert f"| paper, Table {entry.paper.table} | {entry.paper.top1_error:g} % |" in text
+    assert ("non-commercial" in text) == (entry.dataset.tag == "svhn")
+    assert ("## Gates" in text) == (entry.attention == "tam")
+    assert "$" not in text
+
+
+def test_the_owner_is_the_one_that_publishes():
+    entry = ENTRIES[NAMES[0]]
+    text = render_card(entry, a_record(entry), owner="someone")
+    assert f'"hf-hub:someone/{entry.name}"' in text
+
+
+def test_a_record_of_another_entry_is_refused():
+    with pytest.raises(ValueError, match=r"resnet50_se\.cifar10: the record is of resnet18_tam\.cifar10"):
+        render_card(ENTRIES["resnet50_se.cifar10"], a_record(ENTRIES["resnet18_tam.cifar10"]))
+
+
+def test_evaluation_results_are_in_the_hubs_form():
+    entry = ENTRIES["resnet18_tam.cifar100"]
+    text = eval_results(entry, a_record(entry))
+    (found,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (found.dataset_id, found.value) == ("uoft-cs/cifar100", 94.75)
+    assert eval_result_entries_to_yaml([found]) == yaml.safe_load(text)
+
+
+def test_a_trained_folder_loads_with_gates_and_golden_logits(tmp_path):
+    entry = stand_in(tmp_path)
+    folder = tmp_path / entry.name
+    assert verify_folder(entry, folder) == []
+    config = json.loads((folder / "config.json").read_text())
+    assert len(config["golden_logits"]) == 10 and config["gates"][0]["name"] == "layer1.0.se"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert cast(dict, model.pretrained_cfg)["label_names"][0] == "airplane"
+    assert write_cards(tmp_path, [entry], draw) == []
+    text = config_json(entry, golden=[1.0])
+    assert json.loads(text)["golden_logits"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "problem"),
+    [
+        ("README.md", lambda text: text + b" ", "README.md is not what"),
+        ("config.json", lambda text: text.replace(b"0.4914", b"0.4915"), "config.json is not what"),
+        ("config.json", lambda text: re.sub(rb'_logits": \[\n +', b"\\g<0>9", text), "golden logits are off"),
+        ("record.json", lambda text: b"{}", "expected a training record"),
+        (".eval_results/cifar10.yaml", None, "cifar10.yaml is not what"),
+        ("log.csv", None, "log.csv is missing"),
+        ("gates.png", None, "gates.png is missing"),
+        ("model.safetensors", lambda text: text[:-1] + b"\x00", "model.safetensors: SHA-256 is"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_folder_is_found_out(tmp_path, path, change, problem):
+    entry = stand_in(tmp_path)
+    file = tmp_path / entry.name / path
+    file.write_bytes(change(file.read_bytes())) if change else file.unlink()
+    assert problem in "; ".join(verify_folder(entry, tmp_path / entry.name))
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def run_snippets(entry, folder: Path, monkeypatch, tmp_path) -> set[str]:
+    """Executes a card's snippets, the Hub's files served from `folder`; returns what could not be."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32), "red").save("photo.png")
+    text, left = (folder / "README.md").read_text(), set()
+    clone = Path(__file__).parent.parent
+    for code in snippets(text):
+        if "onnxruntime" in code and not (folder / "onnx" / "model.onnx").exists():
+            left.add("onnxruntime")
+            continue
+        if "torch.hub" in code and not (clone / "hubconf.py").exists():
+            left.add("torch.hub")
+            continue
+        code = code.replace(f'"hf-hub:{entry.hub_id}"', repr(f"local-dir:{folder}"))
+        code = code.replace('"tamzoo/tamzoo"', repr(str(clone))).replace(
+            "trust_repo=True", "source='local', trust_repo=True"
+        )
+        code = re.sub(r"hf_hub_download\(.*?\)", repr(str(folder / "onnx" / "model.onnx")), code)
+        exec(compile(code, f"card of {entry.name}", "exec"), {})
+    return left
+
+
+@pytest.mark.parametrize("name", [*TRAINED[:1], None])
+def test_every_snippet_of_a_trained_card_runs(name, tmp_path, monkeypatch, capsys):
+    if name is None:  # a stand-in, so that the test is one before any entry is trained
+        entry = stand_in(tmp_path / "cards")
+        monkeypatch.setattr(hub, "CARDS", tmp_path / "cards")
+        monkeypatch.setitem(ENTRIES, entry.name, entry)
+        cfg = get_pretrained_cfg(entry.name)
+        monkeypatch.setitem(
+            timm.models._registry._model_pretrained_cfgs,
+            entry.name,
+            replace(cfg, hf_hub_id=entry.hub_id),  # pyright: ignore
+        )
+        folder = tmp_path / "cards" / entry.name
+    else:
+        entry, folder = ENTRIES[name], CARDS / name
+    left = run_snippets(entry, folder, monkeypatch, tmp_path)
+    assert left <= {"onnxruntime", "torch.hub"}
+    assert len(snippets((folder / "README.md").read_text())) == 4
+    label, probability = capsys.readouterr().out.split()
+    assert label in entry.dataset.class_names and 0 < float(probability) <= 1
+
+
+def test_the_snippet_of_an_untrained_card_runs():
+    entry = ENTRIES["resnet18_se.cifar10"]
+    (code,) = snippets(render_card(entry))
+    with torch.device("meta"):
+        exec(code, {})
