@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tamzoo.tree import gated
 
 GATE_TOLERANCE = 1e-4  # largest width (maximum - minimum) of a measured gate that counts as static
-UNMEASURED = (0.5, 0.0, 1.0)  # mean, minimum, maximum: what is known of a sigmoid before anyone looked
 
 
 class TAM(nn.Module):
@@ -22,7 +21,8 @@ class TAM(nn.Module):
     finishes the tree.
 
     The buffer `measured_gate` holds mean, minimum and maximum of the gate as last measured by
-    `tamzoo.measure_gates`; it travels with the state dict, and a forward pass in training mode resets it.
+    `tamzoo.measure_gates`, zeros where nobody has; it travels with the state dict, and a forward pass in
+    training mode resets it.
 
     Args:
         channels: c >= 1.
@@ -52,7 +52,7 @@ class TAM(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         self.tree = nn.Sequential(*layers)
-        self.register_buffer("measured_gate", torch.tensor(UNMEASURED, **made))
+        self.register_buffer("measured_gate", torch.zeros(3, **made))
 
     def gate(self, x: Tensor) -> Tensor:
         """The gate Z of Eq. 2: (n, c, h, w) -> (n, 1, h, w), in (0, 1)."""
@@ -65,11 +65,11 @@ class TAM(nn.Module):
 
     def forget_gate(self) -> None:
         """Marks the gate as not measured."""
-        self.measured_gate.copy_(self.measured_gate.new_tensor(UNMEASURED))
+        self.measured_gate.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # weights that know nothing of gates load strictly, and leave the gate unmeasured
-        state_dict.setdefault(f"{prefix}measured_gate", self.measured_gate.new_tensor(UNMEASURED))
+        state_dict.setdefault(f"{prefix}measured_gate", torch.zeros_like(self.measured_gate))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -50,7 +50,7 @@ class GatedBlock:
         if getattr(layer, "weight", None) is None:
             return f"{self.last_affine} ({type(layer).__name__}) has no weights to fold into"
         mean, low, high = self.se.measured_gate.double().tolist()
-        if (low, high) == (0.0, 1.0):
+        if high == 0.0:
             return "not measured since its last training step"
         if not high - low <= tolerance:
             return f"width {high - low:.2g} exceeds the tolerance {tolerance:.2g}"

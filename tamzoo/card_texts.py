@@ -74,7 +74,7 @@ With torch.hub:
 ```python
 import torch
 
-model = torch.hub.load("$source", "$model", pretrained=True, pretrained_cfg="$tag", trust_repo=True)
+model = torch.hub.load("$source", "$model", pretrained=True, tag="$tag", trust_repo=True)
 ```
 
 With onnxruntime, without PyTorch:

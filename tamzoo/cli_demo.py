@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tamzoo.cli_export import export_model
 from tamzoo.terminal import DEMO_ENTRY, bar, load_model, print_gates
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def demo() -> None:
     from tamzoo.data import normalise
     from tamzoo.gates import measure_gates
     from tamzoo.images import PICTURES, picture_paths, random_crops
-    from tamzoo.onnx_export import open_session
+    from tamzoo.onnx_export import export_entry, metadata_of, open_session
     from tamzoo.predict import onnx_classifier, torch_classifier
     from tamzoo.predict import predict as classify
 
@@ -41,11 +40,10 @@ def demo() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print("3. Fold, export to ONNX, and compare with the unfolded torch model:")
         files = {"TAM folded": Path(folder) / "folded.onnx", "TAM": Path(folder) / "tam.onnx"}
-        print(export_model(model, full, dataset, files["TAM folded"]))
-        export_model(model, full, dataset, files["TAM"], keep_gates=True)
+        for line in export_entry(model, files["TAM folded"]):
+            print(line)
+        export_entry(model, files["TAM"], keep_gates=True)
         session = open_session(files["TAM folded"])
-        from tamzoo.onnx_export import metadata_of
-
         again = classify(onnx_classifier(session, metadata_of(session)), paths, 1)
         same = sum(a[0][0] == b[0][0] for a, b in zip(answers, again, strict=True))
         print(f"   The ONNX file names the same class on {same} of {len(paths)} pictures.")

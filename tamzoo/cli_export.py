@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tamzoo.terminal import Data, Name, Weights, bar, load_model, test_pixels
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from tamzoo.catalogue import Dataset
 
 
 def export(
@@ -27,52 +22,22 @@ def export(
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is folded.")] = None,
 ) -> None:
     """Fold a model and write one ONNX file that was checked against it."""
-    model, full, dataset = load_model(name, weights)
-    print(export_model(model, full, dataset, output, keep_gates, uint8, data, tolerance, weights))
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
-
-
-def export_model(
-    model: nn.Module,
-    full: str,
-    dataset: Dataset,
-    output: Path,
-    keep_gates: bool = False,
-    uint8: bool = False,
-    data: Path | None = None,
-    tolerance: float | None = None,
-    weights: Path | None = None,
-) -> str:
-    """Folds, exports and checks; returns what to tell."""
-    from tamzoo import __version__
     from tamzoo.attention import GATE_TOLERANCE
-    from tamzoo.catalogue import ENTRIES
     from tamzoo.checkpoint import sha256_of
-    from tamzoo.fold import reparameterize_model
-    from tamzoo.onnx_export import PARITY_IMAGES, export_onnx
+    from tamzoo.onnx_export import PARITY_IMAGES, export_entry
 
-    deployed, told, gates = model, "exported with its gates", {}
-    if not keep_gates:
-        deployed = reparameterize_model(model, tolerance=GATE_TOLERANCE if tolerance is None else tolerance)
-        told, gates = str(deployed.fold_report), deployed.fold_report.folded  # pyright: ignore
-    entry = ENTRIES.get(full)
-    stored = entry.trained.sha256 if entry and entry.trained else ""
-    metadata = {
-        "entry": full,
-        "version": __version__,
-        "weights_sha256": sha256_of(weights) if weights else stored,
-        "gates": gates,
-        "fold_report": told,
-    }
-    pixels, _ = test_pixels(data, dataset, PARITY_IMAGES)
-    parity = export_onnx(
-        deployed,
+    model, _, dataset = load_model(name, weights)
+    report, parity = export_entry(
+        model,
         output,
-        reference=model,
-        dataset=dataset,
-        pixels=pixels,
-        metadata=metadata,
+        pixels=test_pixels(data, dataset, PARITY_IMAGES)[0],
+        weights_sha256=sha256_of(weights) if weights else None,
+        keep_gates=keep_gates,
         uint8=uint8,
+        tolerance=GATE_TOLERANCE if tolerance is None else tolerance,
         progress=bar,
     )
-    return f"{told}\n{parity}"
+    if report:
+        print(report)
+    print(parity)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

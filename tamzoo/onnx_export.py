@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamzoo.catalogue import Dataset
+from tamzoo import __version__
+from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.catalogue import DATASETS, ENTRIES, Dataset
 from tamzoo.checkpoint import whole_file
 from tamzoo.data import normalise
+from tamzoo.fold import FoldReport, reparameterize_model
 from tamzoo.gates import gates_of
+from tamzoo.images import random_crops
 from tamzoo.progress import Progress, silent
 
 OPSET = 20
@@ -98,6 +102,56 @@ def metadata_of(session: Any) -> dict[str, Any]:
             f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}"
         )
     return {key: json.loads(value) if value[:1] in "[{" else value for key, value in found.items()}
+
+
+def export_entry(
+    model: nn.Module,
+    path: Path,
+    *,
+    pixels: Tensor | None = None,
+    weights_sha256: str | None = None,
+    keep_gates: bool = False,
+    uint8: bool = False,
+    tolerance: float = GATE_TOLERANCE,
+    progress: Progress = silent,
+) -> tuple[FoldReport | None, Parity]:
+    """Folds a model of ours by the gates that it carries and exports it with all that its file should tell.
+
+    Args:
+        model: In eval mode on the CPU, as `timm.create_model` made it.
+        pixels: Images for the parity check, as for `export_onnx`; by default crops of the shipped pictures.
+        weights_sha256: Of the model's weights file; by default the catalogue's.
+        keep_gates: Export without folding; there is no fold report then.
+    Raises:
+        ValueError: as `reparameterize_model` and `export_onnx`.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
+    name, dataset = f"{cfg['architecture']}.{cfg['tag']}", DATASETS[cfg["tag"]]
+    entry, report, deployed = ENTRIES.get(name), None, model
+    if not keep_gates:
+        deployed = reparameterize_model(model, tolerance=tolerance)
+        report = deployed.fold_report
+    if weights_sha256 is None:
+        weights_sha256 = entry.trained.sha256 if entry and entry.trained else ""
+    metadata = {
+        "entry": name,
+        "version": __version__,
+        "weights_sha256": weights_sha256,
+        "gates": report.folded if report else {},
+        "fold_report": str(report) if report else "exported with its gates",
+    }
+    pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1]) if pixels is None else pixels
+    parity = export_onnx(
+        deployed,
+        path,
+        reference=model,
+        dataset=dataset,
+        pixels=pixels,
+        metadata=metadata,
+        uint8=uint8,
+        progress=progress,
+    )
+    return report, parity
 
 
 def export_onnx(

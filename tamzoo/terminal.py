@@ -116,7 +116,7 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     return model, full, DATASETS[cfg["tag"]]
 
 
-def testtest_pixels(data: Path | None, dataset: Dataset, n: int) -> tuple[Tensor, str]:
+def test_pixels(data: Path | None, dataset: Dataset, n: int) -> tuple[Tensor, str]:
     """uint8 (n, 3, h, w) images: of the test split where there is data, else of the shipped pictures."""
     import os
 

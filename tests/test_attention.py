@@ -99,7 +99,7 @@ def test_a_forward_pass_in_training_forgets_the_measured_gate():
     module(torch.randn(1, 8, 2, 2))
     assert module.measured_gate[1] > 0, "evaluation keeps it"
     module.train()(torch.randn(1, 8, 2, 2))
-    assert module.measured_gate.tolist() == [0.5, 0.0, 1.0]
+    assert module.measured_gate.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_weights_that_know_nothing_of_gates_load_strictly():
@@ -107,7 +107,7 @@ def test_weights_that_know_nothing_of_gates_load_strictly():
     module.measured_gate.copy_(torch.tensor([0.4, 0.39, 0.41]))
     state = {name: value for name, value in module.state_dict().items() if name != "measured_gate"}
     module.load_state_dict(state)
-    assert module.measured_gate.tolist() == [0.5, 0.0, 1.0]
+    assert module.measured_gate.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_autocast_gates_stay_close():
