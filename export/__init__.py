@@ -1,0 +1,1 @@
+"""Deployment: what is made from the zoo, and measured of it."""

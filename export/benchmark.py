@@ -1,0 +1,150 @@
+"""Measures training: `python -m export.benchmark train --model resnet18` prints one row a variant.
+
+Every variant lives in a process of its own, and rounds go through the processes one after the other, so
+that whatever else the machine does reaches all alike. A ratio is the median over rounds of variant / plain.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import statistics
+import sys
+import time
+from itertools import accumulate
+from typing import Any
+
+import timm
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from tamzoo.attention import TAM
+
+VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam")
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+DEFAULTS = {"model": "resnet18", "tag": "cifar10", "batch": 32, "rounds": 20, "warmup": 3}
+COLUMNS = ("variant", "step_ms", "ratio", "images_per_s", "peak_mb", "peak_ratio", "matrix_peak")
+DENSE_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s, from the data sheets
+
+
+class ReferenceTAM(TAM):
+    """TAM as its formula reads: layer by layer, every layer kept for the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forget_gate()
+        return x * self.gate(x)
+
+
+class Trainer:
+    """One variant's model and optimizer, stepping on one batch of noise."""
+
+    def __init__(self, variant: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        attention, _, reference = variant.partition("-")
+        device, layout = torch.device(options.device), FORMATS[options.format]
+        self.model: Any = timm.create_model(f"{options.model}_{attention}.{options.tag}")
+        for module in self.model.modules():
+            if reference and type(module) is TAM:
+                module.__class__ = ReferenceTAM
+        self.model.to(device, memory_format=layout).train()
+        self.call = torch.compile(self.model) if options.compile else self.model
+        size = self.model.pretrained_cfg["input_size"]
+        self.x = torch.randn(options.batch, *size, device=device).to(memory_format=layout)
+        self.labels = torch.randint(self.model.num_classes, (options.batch,), device=device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        started = time.perf_counter()
+        with self.autocast:
+            logits = self.call(self.x)
+        self.optimizer.zero_grad()
+        cross_entropy(logits.float(), self.labels).backward()
+        self.optimizer.step()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def peak_bytes(self) -> int:
+        """Most memory that tensors hold at once in a training step."""
+        if self.x.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated()
+        states = self.optimizer.state.values()
+        held = [*self.model.state_dict().values(), self.x, *(state["momentum_buffer"] for state in states)]
+        before = sum(tensor.nbytes for tensor in held)
+        self.optimizer.zero_grad()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            self.step()
+        trace: Any = profile.profiler
+        events = sorted(trace.kineto_results.events(), key=lambda event: event.start_ns())
+        return max(accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=before))
+
+    def flops(self) -> float:
+        """Of one step's convolutions and matrix products."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
+
+
+def _serve(variant: str, options: argparse.Namespace, pipe: Any) -> None:
+    trainer = Trainer(variant, options)
+    for order in iter(pipe.recv, None):
+        pipe.send(getattr(trainer, order)())
+
+
+def train(options: argparse.Namespace) -> list[tuple]:
+    """A table of COLUMNS, one row a variant."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for variant in options.variants:
+        pipes[variant], end = context.Pipe()
+        context.Process(target=_serve, args=(variant, options, end), daemon=True).start()
+
+    def ask(variant: str, order: str) -> Any:
+        pipes[variant].send(order)
+        return pipes[variant].recv()
+
+    rounds = [{v: ask(v, "step") for v in options.variants} for _ in range(options.warmup + options.rounds)]
+    rounds, first = rounds[options.warmup :], options.variants[0]
+    rows: list[tuple] = [COLUMNS]
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else ""
+    peak = next((flops for key, flops in DENSE_PEAK.items() if key in name), None)
+    work = ask(first, "flops") if peak else 0.0  # attentions add next to none
+    memory = {variant: ask(variant, "peak_bytes") for variant in options.variants}
+    for variant in options.variants:
+        seconds = statistics.median(times[variant] for times in rounds)
+        ratio = statistics.median(times[variant] / times[first] for times in rounds)
+        told = (1e3 * seconds, ratio, options.batch / seconds, memory[variant] / 2**20)
+        told += (memory[variant] / memory[first], work / seconds / peak if peak else float("nan"))
+        rows.append((variant, *(round(value, 3) for value in told)))
+        pipes[variant].send(None)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m export.benchmark")
+    command = parser.add_subparsers(required=True).add_parser("train")
+    for name, default in DEFAULTS.items():
+        command.add_argument(f"--{name}", type=type(default), default=default)
+    command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    command.add_argument("--format", choices=FORMATS, default="channels_last")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--threads", type=int, default=0, help="0: as many as torch chooses")
+    command.add_argument("--compile", action="store_true")
+    command.add_argument("--csv", action="store_true")
+    options = parser.parse_args()
+    table = train(options)
+    if options.csv:
+        return csv.writer(sys.stdout, lineterminator="\n").writerows(table)
+    print(*(f"{name}={value}" for name, value in vars(options).items()), f"torch={torch.__version__}")
+    for row in table:
+        print("".join(f"{cell!s:>15}" for cell in row))
+
+
+if __name__ == "__main__":
+    main()
