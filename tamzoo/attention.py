@@ -1,6 +1,7 @@
 """The paper's three attention modules: each maps (n, c, h, w) to the same shape."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import SEModule
@@ -38,7 +39,7 @@ class TAM(nn.Module):
         _check_integer("channels", channels, least=1)
         _check_integer("group_size", group_size, least=2)
         self.channels, self.group_size = channels, group_size
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         layers: list[nn.Module] = []
         width = channels
         while width > 1 and width % group_size == 0:

@@ -101,9 +101,8 @@ class ResNet(resnet.ResNet):
         self.conv1 = _stem_conv(stem, self.in_chans, stem_width, **made)
         if stem == "3x3":
             self.maxpool = nn.Identity()
-            self.feature_info[0]["reduction"] = 1
-            for info in self.feature_info[1:]:
-                info["reduction"] //= 4
+            for index, info in enumerate(self.feature_info):
+                info["reduction"] = int(info["reduction"]) // (4 if index else 2)
         if not hasattr(self, "layer4"):  # timm's forward names four stages
             self.layer4 = nn.Sequential()
 
@@ -187,7 +186,7 @@ class WideResNet(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
@@ -226,30 +225,29 @@ class WideResNet(nn.Module):
         self.bn2 = norm_layer(inplanes, **made)
         self.act2 = act_layer(inplace=True)
         self.num_features = inplanes
-        self.global_pool, self.fc = create_classifier(inplanes, num_classes, pool_type=global_pool, **made)
-        self.head_hidden_size = inplanes * self.global_pool.feat_mult()
+        self._make_head(num_classes, global_pool, **made)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"
         return {"stem": r"^(?:conv1|bn1)\.", "blocks": [(blocks, None), (r"^bn2\.", (99999,))]}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
         return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        made = get_device_dtype(self)
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool, **made)
+        self._make_head(num_classes, pool, **get_device_dtype(self))
+
+    def _make_head(self, num_classes: int, pool: Any, **made: Any) -> None:
+        self.num_classes = num_classes
+        head: tuple[Any, ...] = create_classifier(self.num_features, num_classes, pool_type=pool, **made)
+        self.global_pool, self.fc = head
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
@@ -283,7 +281,7 @@ class WideResNet(nn.Module):
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
         stage = getattr(self, name)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             return checkpoint_seq(stage, x)
         return stage(x)
 

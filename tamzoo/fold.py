@@ -73,3 +73,10 @@ def reparameterize_model(
                 kept[f"{name}.se"] = reason
     model.fold_report = FoldReport(folded=folded, kept=kept, tolerance=tolerance)  # pyright: ignore
     return model
+
+
+def report_of(folded: nn.Module) -> FoldReport:
+    """The `fold_report` of a model that `reparameterize_model` returned."""
+    report = folded.fold_report
+    assert isinstance(report, FoldReport)
+    return report

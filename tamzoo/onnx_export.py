@@ -14,7 +14,7 @@ from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import DATASETS, ENTRIES, Dataset
 from tamzoo.checkpoint import whole_file
 from tamzoo.data import normalise
-from tamzoo.fold import FoldReport, reparameterize_model
+from tamzoo.fold import FoldReport, reparameterize_model, report_of
 from tamzoo.gates import gates_of
 from tamzoo.images import random_crops
 from tamzoo.progress import Progress, silent
@@ -45,6 +45,9 @@ class Parity:
 
 class ByteInput(nn.Module):
     """Raw uint8 (n, h, w, 3) pixels in, logits out: the normalisation is part of the graph."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, model: nn.Module, dataset: Dataset) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ def export_entry(
     entry, report, deployed = ENTRIES.get(name), None, model
     if not keep_gates:
         deployed = reparameterize_model(model, tolerance=tolerance)
-        report = deployed.fold_report
+        report = report_of(deployed)
     if weights_sha256 is None:
         weights_sha256 = entry.trained.sha256 if entry and entry.trained else ""
     metadata = {

@@ -69,7 +69,7 @@ def predict(
     Raises:
         ValueError: a file that is no usable picture.
     """
-    transform = create_transform(
+    transform: Any = create_transform(
         classifier.input_size,
         interpolation="bicubic",
         mean=classifier.mean,

@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -52,7 +53,7 @@ def parameters_m(entry: Entry) -> float:
 def result_row(entry: Entry) -> dict[str, object]:
     """One line of results.csv; what is not known is None."""
     paper, record = entry.paper, record_of(entry)
-    row: dict[str, object] = dict.fromkeys(FIELDS)
+    row: dict[str, Any] = dict.fromkeys(FIELDS)
     row |= {"entry": entry.name, "params_m": f"{parameters_m(entry):.3f}", "hub_id": entry.hub_id}
     if paper:
         row |= {

@@ -11,10 +11,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tiny_runs import RECIPE, in_a_fork, tiny_run
-
 from tamzoo.checkpoint import sha256_of
 from tamzoo.snapshots import load_snapshot
+from tests.tiny_runs import RECIPE, in_a_fork, tiny_run
 
 LONGER = replace(RECIPE, epochs=8)
 

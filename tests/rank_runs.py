@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tiny_runs import RECIPE, in_a_fork, tiny_run
 
 import tamzoo.train
 from tamzoo.distributed import World, join
 from tamzoo.evaluate import evaluate
 from tamzoo.records import Score
+from tests.tiny_runs import RECIPE, in_a_fork, tiny_run
 
 RANKED = replace(RECIPE, batch_size=7)  # 20 images in batches of 7, 7 and 6: unequal shares
 

@@ -88,7 +88,8 @@ def _make(root: Path, name: str, seed: int) -> Entry:
     state = timm.create_model(name).state_dict()
     # weights of another seed must differ at the same size, BatchNorm included
     state = {
-        key: value + 0.01 * torch.rand_like(value) if value.ndim else value for key, value in state.items()
+        key: value + 0.01 * torch.rand_like(value) if value.ndim and "measured_gate" not in key else value
+        for key, value in state.items()
     }
     sha256 = save_weights(folder / "model.safetensors", state)
     entry = replace(ENTRIES[name], trained=Trained(sha256=sha256, recipe="short"))

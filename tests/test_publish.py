@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -422,9 +421,6 @@ def command(server, tmp_path, monkeypatch):
     monkeypatch.setitem(ENTRIES, NAME, entry)
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     monkeypatch.delenv("TAMZOO_DATA", raising=False)
-    exporter = ModuleType("tamzoo.onnx_export")
-    exporter.export_onnx = fake_export  # pyright: ignore
-    monkeypatch.setitem(sys.modules, "tamzoo.onnx_export", exporter)
     return lambda *words: CliRunner().invoke(app, list(words))
 
 

@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tiny_runs import ENTRY, RECIPE, random_split, tiny_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tamzoo import snapshots
@@ -27,6 +26,7 @@ from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
+from tests.tiny_runs import ENTRY, RECIPE, random_split, tiny_run
 
 CPU = World(device=torch.device("cpu"))
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import RECIPE, tiny_run
 from torch import nn
 
 from tamzoo.distributed import GlobalBatchNorm, World, join
 from tamzoo.journal import read_log
 from tamzoo.records import read_record
 from tamzoo.snapshots import load_snapshot
+from tests.tiny_runs import RECIPE, tiny_run
 
 CPU = torch.device("cpu")
 
