@@ -96,7 +96,7 @@ def _results(entry: Entry, record: Record) -> str:
     top1, top5 = record.score.top1_error, record.score.top5_error
     rows = [
         ("", "top-1 error", "top-5 error", "parameters"),
-        (f"**ours**, {record.selection}", f"{top1:.2f} %", f"{top5:.2f} %", ""),
+        (f"**ours**, {record.selection}", f"{top1:.2f} %", f"{top5:.2f} %", f"{entry.params / 1e6:.2f} M"),
     ]
     if entry.paper is not None:
         cell = entry.paper
@@ -167,11 +167,10 @@ def config_json(entry: Entry, gates: Sequence[GateStats] = (), golden: Sequence[
         golden: Logits on the fixed image that `evaluate.golden_logits` feeds, where there are weights.
     """
     backbone, dataset = entry.backbone, entry.dataset
-    expansion = 4 if backbone.block == "bottleneck" else 1
     config: dict[str, Any] = {
         "architecture": entry.model,
         "num_classes": dataset.num_classes,
-        "num_features": backbone.channels[-1] * expansion,
+        "num_features": backbone.num_features,
         "label_names": dataset.class_names,
         "model_args": {"stem": dataset.stem},
         "pretrained_cfg": {

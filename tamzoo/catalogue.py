@@ -133,6 +133,11 @@ class Backbone:
     cardinality: int = 1
     base_width: int = 64  # width of a bottleneck's 3x3 convolution per group, at 64 planes
 
+    @property
+    def num_features(self) -> int:
+        """Channels before the classifier."""
+        return self.channels[-1] * (4 if self.block == "bottleneck" else 1)
+
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.channels):
             raise ValueError(f"{self.name}: {len(self.layers)} stages of blocks, {len(self.channels)} widths")
@@ -223,7 +228,7 @@ class PaperCell:
     table: int
     top1_error: float  # percent, best test epoch
     top5_error: float | None = None  # percent
-    params_m: float | None = None  # millions
+    params_m: float | None = None  # millions; for TAM not what the paper's own Eq. 2 gives
     flops_g: float | None = None  # multiply-accumulates in units of 2**30
 
 
@@ -247,6 +252,7 @@ class Entry:
     backbone: Backbone
     attention: str
     dataset: Dataset
+    params: int  # ours; for TAM the paper's figure is another, see PaperCell
     paper: PaperCell | None = None
     trained: Trained | None = None
 
@@ -311,6 +317,17 @@ _TABLE_2 = {
     "resnet50": ((4.46, 23.52), (4.71, 26.04), (3.94, 23.82)),
     "wrn16_8": ((4.28, 10.96), (3.63, 11.05), (3.71, 11.00)),
 }
+# backbone -> attention -> parameters without the classifier; TAM's as Eq. 2 gives them, 4c - 5 a gate
+_PARAMETERS = {
+    "resnet18": {"plain": 11_168_832, "se": 11_255_872, "cbam": 11_258_712, "tam": 11_176_472},
+    "resnet50": {"plain": 23_500_352, "se": 26_015_296, "cbam": 26_032_944, "tam": 23_560_688},
+    "resnet101": {"plain": 42_492_480, "se": 47_235_648, "cbam": 47_273_492, "tam": 42_622_363},
+    "resnext50_32x4d": {"plain": 22_972_224, "se": 25_487_168, "cbam": 25_504_816, "tam": 23_032_560},
+    "wrn16_8": {"plain": 10_958_064, "se": 11_044_080, "cbam": 11_046_584, "tam": 10_965_202},
+    "resnet34": {"plain": 21_276_992, "se": 21_434_176, "tam": 21_292_016},
+    "wrn10_4": {"tam": 1_198_945},
+    "resnet20": {"tam": 273_123},
+}
 # ours, beyond the tables: small enough to train on a CPU
 _OURS = (("wrn10_4", "tam", "cifar10"), ("resnet20", "tam", "cifar10"))
 
@@ -335,10 +352,12 @@ def _rows() -> Iterator[tuple[str, str, str, PaperCell | None]]:
 
 
 def _entry(backbone: str, attention: str, tag: str, paper: PaperCell | None) -> Entry:
+    row, dataset = BACKBONES[backbone], DATASETS[tag]
     return Entry(
-        backbone=BACKBONES[backbone],
+        backbone=row,
         attention=attention,
-        dataset=DATASETS[tag],
+        dataset=dataset,
+        params=_PARAMETERS[backbone][attention] + dataset.num_classes * (row.num_features + 1),
         paper=paper,
         trained=_TRAINED.get(f"{backbone}_{attention}.{tag}"),
     )

@@ -5,9 +5,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
 from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import ENTRIES, Entry
 from tamzoo.records import Record, read_record
@@ -43,18 +40,11 @@ def record_of(entry: Entry) -> Record | None:
     return read_record(path) if path and path.is_file() else None
 
 
-def parameters_m(entry: Entry) -> float:
-    """Millions of parameters of the entry's model, counted on one without storage."""
-    with torch.device("meta"):
-        model = timm.create_model(entry.name)
-    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
-
-
 def result_row(entry: Entry) -> dict[str, object]:
     """One line of results.csv; what is not known is None."""
     paper, record = entry.paper, record_of(entry)
     row: dict[str, Any] = dict.fromkeys(FIELDS)
-    row |= {"entry": entry.name, "params_m": f"{parameters_m(entry):.3f}", "hub_id": entry.hub_id}
+    row |= {"entry": entry.name, "params_m": f"{entry.params / 1e6:.3f}", "hub_id": entry.hub_id}
     if paper:
         row |= {
             "table": paper.table,
