@@ -58,8 +58,9 @@ def gate_product(x: Tensor, parameters: Tensor) -> Tensor:
     out, dtype = torch.empty_like(x), _computing(x.dtype)
     with torch.autocast("cpu", enabled=False):
         levels = _levels(parameters.to(dtype), x.shape[1])
+        blocks = _blocks(levels)
         for tile in _tiles(x):
-            gate = _climb(_planes(x[tile], dtype), levels)[-1].to(x.dtype)
+            gate = _climb(_planes(x[tile], dtype), levels, blocks)[-1].to(x.dtype)
             n, _, h, w = x[tile].shape
             torch.mul(x[tile], gate.view(n, 1, h, w), out=out[tile])
     return out
@@ -72,57 +73,69 @@ def gate_product_backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[
     total = torch.zeros_like(parameters, dtype=dtype)
     with torch.autocast("cpu", enabled=False):
         levels, sums = _levels(parameters.to(dtype), x.shape[1]), _levels(total, x.shape[1])
+        blocks = _blocks(levels)
+        first = torch.zeros_like(blocks[0])
         for tile in _tiles(x):
             below = _planes(grad_x[tile], dtype)
-            _descend(_planes(x[tile], dtype), _planes(grad[tile], dtype), below, levels, sums)
+            planes, grad_planes = _planes(x[tile], dtype), _planes(grad[tile], dtype)
+            _descend(planes, grad_planes, below, levels, blocks, sums, first)
             if below.data_ptr() != grad_x[tile].data_ptr():  # a copy, not a view
                 n, c, h, w = x[tile].shape
                 grad_x[tile].copy_(below.view(c, n, h, w).transpose(0, 1))
-        nodes = (
-            sums[0].blocks.unflatten(2, (-1, 2)).diagonal(dim1=1, dim2=2)
-        )  # (., b/2, b/2, 2) -> (., 2, b/2)
+        nodes = first.unflatten(2, (-1, 2)).diagonal(dim1=1, dim2=2)  # (., b/2, b/2, 2) -> (., 2, b/2)
         sums[0].weight.copy_(nodes.transpose(1, 2).reshape(-1, 2, 1))
     return grad_x, total.to(parameters.dtype)
 
 
 class Level(NamedTuple):
-    """One level of the tree, from `width` channels to half as many; all but `blocks` are views."""
+    """Views of the parameters of one level of the tree, from `width` channels to half as many."""
 
     weight: Tensor  # (width / 2, 2, 1)
     bias: Tensor  # (width / 2, 1)
     slope: Tensor  # (width / 2, 1); empty at the root
-    blocks: Tensor  # (width / b, b / 2, b), weight for b neighbours at a time: 0 where a node does not look
 
 
 def _levels(parameters: Tensor, channels: int) -> list[Level]:
-    levels, width, start = [], channels, 0
-    while width > 1:
-        half, block = width // 2, min(width, BLOCKS[bool(levels)])
-        weight, bias, slope = parameters[start : start + 2 * width].tensor_split((width, width + half))
-        eye = torch.eye(block // 2, dtype=weight.dtype).unsqueeze(-1)
-        blocks = (weight.view(-1, block // 2, 1, 2) * eye).flatten(2)  # (., b/2, 1, 2) -> (., b/2, b)
-        levels.append(Level(weight.view(half, 2, 1), bias.unsqueeze(1), slope.unsqueeze(1), blocks))
-        width, start = half, start + 2 * width
-    return levels
+    halves = [channels >> level for level in range(1, channels.bit_length())]
+    sizes = [size for half in halves for size in (2 * half, half, half if half > 1 else 0)]
+    parts = iter(parameters.split(sizes))
+    return [
+        Level(next(parts).view(half, 2, 1), next(parts).view(half, 1), next(parts).view(-1, 1))
+        for half in halves
+    ]
 
 
-def _up(planes: Tensor, level: Level) -> Tensor:
-    """The convolution of one level: (width, r) -> (width / 2, r)."""
-    count, half, block = level.blocks.shape
-    bias = level.bias.view(count, half, 1)
-    return torch.baddbmm(bias, level.blocks, planes.view(count, block, -1)).view(count * half, -1)
+def _blocks(levels: list[Level]) -> list[Tensor]:
+    """Each level's weights for b neighbours a time, (width / b, b / 2, b): 0 where a node does not look."""
+    blocks = []
+    for weight, _, _ in levels:
+        half = min(len(weight), BLOCKS[bool(blocks)] // 2)
+        eye = torch.eye(half, dtype=weight.dtype).unsqueeze(-1)
+        blocks.append((weight.view(-1, half, 1, 2) * eye).flatten(2))  # (., b/2, b/2, 2) -> (., b/2, b)
+    return blocks
 
 
-def _climb(planes: Tensor, levels: list[Level]) -> list[Tensor]:
-    """The convolutions of all levels, (c / 2, r) to (2, r), and the gate, (1, r)."""
+def _climb(planes: Tensor, levels: list[Level], blocks: list[Tensor]) -> list[Tensor]:
+    """The convolutions of all levels, (1, c / 2, r) to (1, 2, r), and the gate, (1, r)."""
     before = []
-    for level in levels[:-1]:
-        before.append(_up(planes, level))
-        planes = prelu(before[-1].unsqueeze(0), level.slope.flatten()).squeeze(0)
-    return [*before, _up(planes, levels[-1]).sigmoid_()]
+    for (_, bias, slope), block in zip(levels, blocks, strict=True):
+        count, half, width = block.shape
+        y = torch.baddbmm(bias.view(count, half, 1), block, planes.view(count, width, -1))
+        if len(bias) > 1:
+            before.append(y.view(1, len(bias), -1))
+            planes = prelu(before[-1], slope.view(-1))
+    return [*before, y.sigmoid_().view(1, -1)]
 
 
-def _descend(x: Tensor, grad: Tensor, below: Tensor, levels: list[Level], sums: list[Level]) -> None:
+def _descend(
+    x: Tensor,
+    grad: Tensor,
+    below: Tensor,
+    levels: list[Level],
+    blocks: list[Tensor],
+    sums: list[Level],
+    first: Tensor,
+) -> None:
     """Climbs the tree and comes down with the gradients.
 
     Args:
@@ -130,26 +143,29 @@ def _descend(x: Tensor, grad: Tensor, below: Tensor, levels: list[Level], sums: 
         grad: (c, r), the gradient of x * gate.
         below: (c, r), receives the gradient of x.
         levels: The parameters.
-        sums: The gradients of the parameters are added to these; of the first level's weights, to `blocks`.
+        blocks: Their weights, block by block.
+        sums: The gradients of the parameters are added to these, but for the first level's weights,
+        first: to this, block by block.
     """
-    *before, gate = _climb(x, levels)
+    dot = (grad * x).sum(0, keepdim=True)  # first, because it brings both to the cache in order
+    *before, gate = _climb(x, levels, blocks)
     torch.mul(grad, gate, out=below)
-    above = torch.ops.aten.sigmoid_backward((grad * x).sum(0, keepdim=True), gate)
+    above = torch.ops.aten.sigmoid_backward(dot, gate)
     for level, total in zip(levels[:0:-1], sums[:0:-1], strict=True):
         y, slope = before.pop(), levels[len(before)].slope
         total.bias.add_(above.sum(1, keepdim=True))
         above = above.unsqueeze(1)
-        pairs = prelu(y.unsqueeze(0), slope.flatten()).view(len(above), 2, -1)
+        pairs = prelu(y, slope.view(-1)).view(len(above), 2, -1)
         total.weight.add_((pairs * above).sum(2, keepdim=True))
-        above = (above * level.weight).view(y.shape)
+        above, y = (above * level.weight).view(len(slope), -1), y[0]
         sums[len(before)].slope.add_((above * y.clamp(max=0)).sum(1, keepdim=True))
         positive = torch.ops.aten.threshold_backward(above, y, 0)  # above where y > 0, else 0
         above = torch.lerp(positive, above, slope)
     sums[0].bias.add_(above.sum(1, keepdim=True))
-    count, half, block = levels[0].blocks.shape
+    count, half, width = first.shape
     above = above.view(count, half, -1)
-    sums[0].blocks.baddbmm_(above, x.view(count, block, -1).transpose(1, 2))
-    below.view(count, block, -1).baddbmm_(levels[0].blocks.transpose(1, 2), above)
+    first.baddbmm_(above, x.view(count, width, -1).transpose(1, 2))
+    below.view(count, width, -1).baddbmm_(blocks[0].transpose(1, 2), above)
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
