@@ -48,7 +48,7 @@ def demo() -> None:
         same = sum(a[0][0] == b[0][0] for a, b in zip(answers, again, strict=True))
         print(f"   The ONNX file names the same class on {same} of {len(paths)} pictures.")
 
-        print("\n4. Latency in onnxruntime, batch 1, programs taking turns:")
+        print("\n4. Latency in onnxruntime, batch 1, one thread, programs taking turns:")
         _time_demo(files, dataset, Path(folder) / "plain.onnx")
     print(f"\n{time.monotonic() - began:.0f} s in all.")
 
@@ -67,7 +67,7 @@ def _time_demo(files: dict[str, Path], dataset: Dataset, plain: Path) -> None:
     pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
     export_onnx(model, plain, reference=model, dataset=dataset, pixels=pixels, metadata={"entry": "plain"})
     image = {"pixel_values": normalise(pixels[:1], dataset).numpy()}
-    sessions = {name: open_session(path, threads=2) for name, path in ({"plain": plain} | files).items()}
+    sessions = {name: open_session(path, threads=1) for name, path in ({"plain": plain} | files).items()}
     programs = {name: (lambda s=session: s.run(None, image)) for name, session in sessions.items()}
     for timing in time_in_turns(programs, rounds=200, progress=bar):
         print(

@@ -75,7 +75,8 @@ def open_session(path: Path, threads: int = 0) -> Any:
     """An onnxruntime session on the CPU.
 
     Args:
-        threads: Threads in an operator; 0 lets onnxruntime choose.
+        threads: Threads in an operator; 0 lets onnxruntime choose. With several, those of an idle session
+            spin for a while and slow down whatever runs next: compare latencies with one.
     Raises:
         ValueError: no file, or not an ONNX model.
     """
