@@ -43,7 +43,8 @@ Every setting is in `record.json`, every epoch in `log.csv`.
 
 ## How to use it
 
-With timm (`pip install tamzoo`); weights are checked against the SHA-256 in tamzoo's catalogue:
+With timm (`pip install git+https://github.com/$source`);
+weights are checked against the SHA-256 in tamzoo's catalogue:
 
 ```python
 import tamzoo  # registers the architectures
@@ -80,13 +81,20 @@ model = torch.hub.load("$source", "$model", pretrained=True, tag="$tag", trust_r
 With onnxruntime, without PyTorch:
 
 ```python
+import json
+
 import numpy as np
 import onnxruntime
 from huggingface_hub import hf_hub_download
+from PIL import Image
 
 session = onnxruntime.InferenceSession(hf_hub_download("$hub_id", "onnx/model.onnx"))
-images = np.zeros((1, $c, $h, $w), dtype=np.float32)  # normalised by mean and std of config.json
-logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+told = session.get_modelmeta().custom_metadata_map
+mean, std, labels = (json.loads(told[key]) for key in ("mean", "std", "labels"))
+image = np.asarray(Image.open("photo.png").convert("RGB").resize(($w, $h)), dtype=np.float32) / 255
+pixel_values = ((image - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
+(logits,) = session.run(None, {"pixel_values": pixel_values})
+print(labels[int(logits.argmax())])
 ```
 $gates
 ## Limits
@@ -113,7 +121,7 @@ $what Set up for $dataset; one of the models of
 $cell
 ## How to use it
 
-With timm (`pip install tamzoo`), from random weights:
+With timm (`pip install git+https://github.com/$source`), from random weights:
 
 ```python
 import tamzoo  # registers the architectures

@@ -148,8 +148,11 @@ def _gates(gates: Sequence[GateStats]) -> str:
     rows += [
         (
             f"`{gate.name}`",
-            *(f"{value:.5f}" for value in (gate.mean, gate.std, gate.min, gate.max)),
-            f"{gate.bound_min:.5f} to {gate.bound_max:.5f}",
+            f"{gate.mean:.6f}",
+            f"{gate.std:.1e}",
+            f"{gate.min:.6f}",
+            f"{gate.max:.6f}",
+            f"{gate.bound_min:.6f} to {gate.bound_max:.6f}",
         )
         for gate in gates
     ]

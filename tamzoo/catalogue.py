@@ -238,7 +238,7 @@ class Trained:
 
     sha256: str  # of model.safetensors
     recipe: str
-    revision: str | None = None  # of the Hub repository: a tag or a commit; None before it is published
+    revision: str | None = None  # of the Hub repository: the tag under which it is published; None: its head
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES or len(self.sha256) != 64:
@@ -333,7 +333,9 @@ _OURS = (("wrn10_4", "tam", "cifar10"), ("resnet20", "tam", "cifar10"))
 
 _TRAINED = {
     "wrn10_4_tam.cifar10": Trained(
-        sha256="04c3a6e2d4e100f276d03d108b1d0802253f32c0e0d9e628319d0c783b23f63c", recipe="short-cpu"
+        sha256="04c3a6e2d4e100f276d03d108b1d0802253f32c0e0d9e628319d0c783b23f63c",
+        recipe="short-cpu",
+        revision="v0.1.0",
     ),
 }
 

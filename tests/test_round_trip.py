@@ -22,6 +22,7 @@ LOADERS = """
 import json, sys
 import numpy, onnxruntime, timm, torch
 from huggingface_hub import hf_hub_download
+from transformers import TimmWrapperForImageClassification
 from tamzoo import hub
 hub.CARDS = None
 import tamzoo
@@ -38,14 +39,9 @@ with torch.inference_mode():
     answers["torch.hub"] = loaded.eval()(image)
     session = onnxruntime.InferenceSession(hf_hub_download(repo, "onnx/model.onnx"))
     answers["onnxruntime"] = session.run(None, {"pixel_values": image.numpy()})[0]
-    try:
-        from transformers import TimmWrapperForImageClassification
-    except ImportError:
-        pass
-    else:
-        wrapped = TimmWrapperForImageClassification.from_pretrained(repo).eval()
-        answers["transformers"] = wrapped(image).logits
-        answers["labels"] = list(wrapped.config.id2label.values())
+    wrapped = TimmWrapperForImageClassification.from_pretrained(repo).eval()
+    answers["transformers"] = wrapped(image).logits
+answers["labels"] = list(wrapped.config.id2label.values())
 print(json.dumps({k: v if isinstance(v, list) else numpy.asarray(v)[0].tolist() for k, v in answers.items()}))
 """
 
@@ -72,10 +68,9 @@ def test_every_loader_gives_the_golden_logits(name, published, tmp_path):
     assert run.returncode == 0, run.stderr
     answers = json.loads(run.stdout.splitlines()[-1])
     golden = json.loads((ROOT / "model_cards" / name / "config.json").read_text())["golden_logits"]
-    labels = answers.pop("labels", None)
-    assert {"timm", "hf-hub", "torch.hub", "onnxruntime"} <= set(answers)
+    class_names = ENTRIES[name].dataset.class_names
+    assert class_names and tuple(answers.pop("labels")) == class_names
+    assert set(answers) == {"timm", "hf-hub", "torch.hub", "onnxruntime", "transformers"}
     for loader, logits in answers.items():
         assert logits == pytest.approx(golden, abs=1e-3), loader  # the parity that an export promises
-    class_names = ENTRIES[name].dataset.class_names
-    assert labels is None or (class_names and tuple(labels) == class_names)
     assert list(tmp_path.rglob("model.safetensors")), "it came from the Hub"
