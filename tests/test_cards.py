@@ -17,7 +17,7 @@ from tamzoo import hub
 from tamzoo.cards import card_files, config_json, eval_results, render_card
 from tamzoo.catalogue import ENTRIES
 from tamzoo.verify import stored_golden, verify_folder, write_cards
-from tests.hub_server import running_hub
+from tests.hub_server import client_validates_anywhere, running_hub
 from tests.standins import a_record, draw, stand_in
 
 NAMES = list(ENTRIES)
@@ -57,6 +57,7 @@ def test_every_config_builds_its_model_and_agrees_with_timm(name):
     assert ours == cfg
 
 
+@client_validates_anywhere
 def test_every_card_is_valid_on_the_hub(tmp_path, monkeypatch):
     with running_hub(tmp_path) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)

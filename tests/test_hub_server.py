@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tests.hub_server import Hub, loopback, patient_client, running_hub
+from tests.hub_server import Hub, client_validates_anywhere, loopback, patient_client, running_hub
 
 # huggingface_hub's own upload raises it inside httpx
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -168,6 +168,7 @@ def test_collections_hold_each_item_once(hub, api, repo):
     assert not list(api.list_collections(owner="tamzoo"))
 
 
+@client_validates_anywhere
 def test_cards_are_validated(hub, api, repo, monkeypatch):
     ModelCard(CARD.decode()).validate()
     with pytest.raises(ValueError, match="license"):
