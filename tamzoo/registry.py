@@ -9,6 +9,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
 from tamzoo.attention import ATTENTIONS
@@ -66,24 +67,34 @@ def _hub_source(entry: Entry) -> str:
     return f"{entry.hub_id}@{revision}" if revision else entry.hub_id
 
 
+def _check_source(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None:
+    """Sees before building that there are weights, and that a file of ours or the caller's is whole.
+
+    Raises:
+        RuntimeError: the entry has no weights.
+        ValueError: the file is damaged, or not the catalogue's.
+        OSError: the Hub's file cannot be had.
+    """
+    if not (cfg.has_weights or cfg.state_dict):
+        trained = ", ".join(entry.name for entry in ENTRIES.values() if entry.trained)
+        raise RuntimeError(
+            f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
+            "For an untrained model pass pretrained=False"
+        )
+    entry = ENTRIES.get(name)
+    own_source = cfg.file or cfg.state_dict or cfg.source  # the caller's, which timm reads
+    if entry and entry.trained and cfg.hf_hub_id == _hub_source(entry) and not own_source:
+        path = fetch_weights(entry, kwargs.get("cache_dir"))
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": str(path)}
+    elif cfg.file and cfg.source is None:
+        check_weights_file(Path(cfg.file))
+
+
 def _build(model: str, backbone: Backbone, attention: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    overlay = kwargs.get("pretrained_cfg_overlay")
-    cfg = resolve_pretrained_cfg(model, kwargs.get("pretrained_cfg"), overlay)
+    cfg = resolve_pretrained_cfg(model, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     name = f"{model}.{cfg.tag}" if cfg.tag else model
     if pretrained:
-        if not (cfg.has_weights or cfg.state_dict):
-            trained = ", ".join(entry.name for entry in ENTRIES.values() if entry.trained)
-            raise RuntimeError(
-                f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
-                "For an untrained model pass pretrained=False"
-            )
-        entry = ENTRIES.get(name)
-        own_source = cfg.file or cfg.state_dict or cfg.source  # the caller's, which timm reads
-        if entry and entry.trained and cfg.hf_hub_id == _hub_source(entry) and not own_source:
-            path = fetch_weights(entry, kwargs.get("cache_dir"))
-            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), "file": str(path)}
-        elif cfg.file and cfg.source is None:
-            check_weights_file(Path(cfg.file))
+        _check_source(name, cfg, kwargs)
     small = DATASETS[cfg.tag].stem == "3x3" if cfg.tag in DATASETS else cfg.input_size[-1] < 128
     attn_layer = ATTENTIONS[attention]
     if attention == "tam" and "group_size" in kwargs:

@@ -24,9 +24,7 @@ from tests.hub_store import Store
 # huggingface_hub 1.x gives up at once on much of what 2.x tries again
 _OLD = version("huggingface_hub").startswith("1.")
 patient_client = pytest.mark.skipif(_OLD, reason="the client retries less")
-client_validates_anywhere = pytest.mark.skipif(
-    _OLD, reason="the client validates at huggingface.co only"
-)
+client_validates_anywhere = pytest.mark.skipif(_OLD, reason="the client validates at huggingface.co only")
 
 
 @dataclass(kw_only=True)
