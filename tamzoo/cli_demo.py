@@ -61,9 +61,8 @@ def _time_demo(files: dict[str, Path], dataset: Dataset, plain: Path) -> None:
     from tamzoo.latency import time_in_turns
     from tamzoo.onnx_export import PARITY_IMAGES, export_onnx, open_session
 
-    model = timm.create_model(
-        DEMO_ENTRY.replace("_tam", "_plain")
-    ).eval()  # untrained: weights do not change time
+    # untrained: the weights' values do not change the time
+    model = timm.create_model(DEMO_ENTRY.replace("_tam", "_plain")).eval()
     pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
     export_onnx(model, plain, reference=model, dataset=dataset, pixels=pixels, metadata={"entry": "plain"})
     image = {"pixel_values": normalise(pixels[:1], dataset).numpy()}

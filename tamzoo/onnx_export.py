@@ -105,7 +105,8 @@ def metadata_of(session: Any) -> dict[str, Any]:
         raise ValueError(
             f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}"
         )
-    return {key: json.loads(value) if value[:1] in "[{" else value for key, value in found.items()}
+    encoded = ("[", "{", "null")  # other values are texts, which are stored as they are
+    return {key: json.loads(value) if value.startswith(encoded) else value for key, value in found.items()}
 
 
 def export_entry(

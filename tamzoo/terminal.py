@@ -57,7 +57,7 @@ def print_gates(gates: Iterable[GateStats], tolerance: float, images: str) -> No
             f"{gate.std:.1e}",
             f"{gate.min:.6f}",
             f"{gate.max:.6f}",
-            f"{gate.bound_min:.4f} to {gate.bound_max:.4f}",
+            f"{gate.bound_min:.6f} to {gate.bound_max:.6f}",
             "yes" if gate.width <= tolerance else "no",
         )
         for gate in gates

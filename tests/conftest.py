@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tamzoo import hub
+from tests.hub_server import loopback
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
@@ -28,3 +31,11 @@ def shaken() -> Callable[[nn.Module], nn.Module]:
         return model.eval()
 
     return shake
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A loopback Hub, for a package that has no weights of its own."""
+    monkeypatch.setattr(hub, "CARDS", None)
+    with loopback(tmp_path, monkeypatch) as server:
+        yield server

@@ -19,20 +19,13 @@ from tamzoo import hub, registry
 from tamzoo.catalogue import ENTRIES, Entry
 from tamzoo.checkpoint import sha256_of
 from tamzoo.hub import fetch_weights
-from tests.hub_server import Hub, loopback, patient_client
+from tests.hub_server import Hub, patient_client
 from tests.standins import stand_in
 
 NAME = "resnet20_tam.cifar10"
 CDN = {"method": "GET", "path": "/cdn/"}
 HEAD = {"method": "HEAD"}
 ALWAYS = {"times": -1}
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "CARDS", None)
-    with loopback(tmp_path, monkeypatch) as server:
-        yield server
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import onnx
 import pytest
 import timm
@@ -79,6 +81,16 @@ def test_a_file_that_disagrees_is_not_written(static, tmp_path):
     with pytest.raises(ValueError, match="is not written, the export disagrees with the model"):
         export(folded, tmp_path / "wrong.onnx", model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_labels_and_empty_texts_come_back_as_they_were(tmp_path):
+    model = timm.create_model("resnet20_plain.cifar10").eval()
+    unnamed = replace(CIFAR10, class_names=None)
+    export(
+        model, tmp_path / "x.onnx", model, dataset=unnamed, metadata={"entry": "test", "weights_sha256": ""}
+    )
+    told = metadata_of(open_session(tmp_path / "x.onnx"))
+    assert told["labels"] is None and told["weights_sha256"] == ""
 
 
 def test_parity_counts_what_differs(static, tmp_path):

@@ -22,7 +22,7 @@ from tamzoo.data import Split
 from tamzoo.evaluate import evaluate
 from tamzoo.publish import TAG, Staged, check_sample, collect, publish, stage
 from tamzoo.verify import verify_remote
-from tests.hub_server import Hub, loopback, patient_client
+from tests.hub_server import Hub, patient_client
 from tests.standins import a_record, stand_in
 
 # huggingface_hub's own upload raises it inside httpx
@@ -45,13 +45,6 @@ ALWAYS = {"times": -1}
 
 def fake_export(model: torch.nn.Module, path: Path) -> None:
     path.write_bytes(b"onnx" * 100)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "CARDS", None)
-    with loopback(tmp_path, monkeypatch) as server:
-        yield server
 
 
 @pytest.fixture

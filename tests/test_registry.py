@@ -39,7 +39,7 @@ def test_the_data_configuration_is_the_data_sets(tag):
     assert config["input_size"] == dataset.input_size
     assert (config["mean"], config["std"]) == (dataset.mean, dataset.std)
     assert config["crop_pct"] == dataset.crop_pct
-    assert model.pretrained_cfg["label_names"] == dataset.class_names if dataset.class_names else True
+    assert model.pretrained_cfg.get("label_names") == dataset.class_names
     small = tag != "untrained_in1k"
     assert model.conv1.kernel_size == ((3, 3) if small else (7, 7))
     assert isinstance(model.maxpool, torch.nn.Identity) == small
