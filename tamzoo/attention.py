@@ -1,4 +1,4 @@
-"""The paper's three attention modules: each maps (n, c, h, w) to the same shape."""
+"""The paper's three attention modules, and a scalar beside them: (n, c, h, w) to the same shape."""
 
 from functools import partial
 from typing import Any
@@ -77,6 +77,25 @@ class TAM(nn.Module):
         return f"{self.channels}, group_size={self.group_size}"
 
 
+class Scalar(nn.Module):
+    """One learned gate for all channels, positions and images: what TAM comes to where its gates are static.
+
+    (n, c, h, w) -> the same, times sigmoid(logit). Not in the paper: it asks whether the tree matters.
+    """
+
+    def __init__(self, channels: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+
+    @property
+    def measured_gate(self) -> Tensor:
+        """Mean, minimum and maximum, as TAM has them: one number, which nobody need measure."""
+        return torch.sigmoid(self.logit.detach()).expand(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.logit)
+
+
 def _check_integer(name: str, value: int, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -87,4 +106,4 @@ def _check_integer(name: str, value: int, least: int) -> None:
 SE = partial(SEModule, rd_ratio=1 / 16, rd_divisor=1, bias=False)
 CBAM = partial(CbamModule, rd_ratio=1 / 16, rd_divisor=1, mlp_bias=True)
 
-ATTENTIONS = {"plain": None, "se": SE, "cbam": CBAM, "tam": TAM}
+ATTENTIONS = {"plain": None, "se": SE, "cbam": CBAM, "tam": TAM, "scalar": Scalar}

@@ -15,7 +15,7 @@ from timm.models import checkpoint_seq, resnet
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tamzoo.attention import GATE_TOLERANCE, TAM
+from tamzoo.attention import GATE_TOLERANCE, TAM, Scalar
 
 STEMS = ("3x3", "7x7")
 
@@ -44,7 +44,7 @@ class GatedBlock:
             raise RuntimeError("folding needs a model in eval mode; call model.eval() first")
         if self.se is None:
             return None
-        if not isinstance(self.se, TAM):
+        if not isinstance(self.se, (TAM, Scalar)):
             return f"{type(self.se).__name__} depends on its input by design"
         layer = getattr(self, self.last_affine)
         if getattr(layer, "weight", None) is None:

@@ -12,6 +12,8 @@ ATTENTION_TEXTS = {
     "cbam": "with CBAM (reduction 16) at the end of every residual branch",
     "tam": "with a Tree-structured Attention Module (TAM) at the end of every residual branch: "
     "grouped 1x1 convolutions and PReLUs that fold all channels into one gate per position",
+    "scalar": "with one learned gate at the end of every residual branch, the same for all channels, "
+    "positions and images: what TAM comes to where its gates are static",
 }
 DATA_LICENCES = {
     "cifar10": "CIFAR-10 is published without a licence; ask its authors before commercial use.",

@@ -15,7 +15,7 @@ from tamzoo.recipes import RECIPES
 
 PAPER_TITLE = "Tree-structured Attention Module for Image Classification"
 HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", "tamzoo")
-ATTENTION_NAMES = ("plain", "se", "cbam", "tam")
+ATTENTION_NAMES = ("plain", "se", "cbam", "tam", "scalar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,11 +325,16 @@ _PARAMETERS = {
     "resnext50_32x4d": {"plain": 22_972_224, "se": 25_487_168, "cbam": 25_504_816, "tam": 23_032_560},
     "wrn16_8": {"plain": 10_958_064, "se": 11_044_080, "cbam": 11_046_584, "tam": 10_965_202},
     "resnet34": {"plain": 21_276_992, "se": 21_434_176, "tam": 21_292_016},
-    "wrn10_4": {"tam": 1_198_945},
+    "wrn10_4": {"plain": 1_197_168, "tam": 1_198_945, "scalar": 1_197_171},
     "resnet20": {"tam": 273_123},
 }
 # ours, beyond the tables: small enough to train on a CPU
-_OURS = (("wrn10_4", "tam", "cifar10"), ("resnet20", "tam", "cifar10"))
+_OURS = (
+    ("wrn10_4", "tam", "cifar10"),
+    ("resnet20", "tam", "cifar10"),
+    ("wrn10_4", "plain", "cifar10"),
+    ("wrn10_4", "scalar", "cifar10"),
+)
 
 _TRAINED = {
     "wrn10_4_tam.cifar10": Trained(
@@ -342,7 +347,7 @@ _TRAINED = {
 
 def _rows() -> Iterator[tuple[str, str, str, PaperCell | None]]:
     for backbone, cells in _TABLE_1.items():
-        for attention, (c10, c100, c100_top5, params, flops) in zip(ATTENTION_NAMES, cells, strict=True):
+        for attention, (c10, c100, c100_top5, params, flops) in zip(ATTENTION_NAMES[:4], cells, strict=True):
             yield backbone, attention, "cifar10", PaperCell(table=1, top1_error=c10)
             cell = PaperCell(table=1, top1_error=c100, top5_error=c100_top5, params_m=params, flops_g=flops)
             yield backbone, attention, "cifar100", cell

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tamzoo import CBAM, SE, TAM
+from tamzoo.attention import Scalar
 
 
 def gate_by_loops(module: TAM, pixel: list[float]) -> float:
@@ -87,7 +88,7 @@ def test_senseless_group_sizes_are_refused(wrong):
         TAM(64, wrong)
 
 
-@pytest.mark.parametrize("attention", [SE, CBAM, TAM])
+@pytest.mark.parametrize("attention", [SE, CBAM, TAM, Scalar])
 def test_every_attention_keeps_the_shape(attention):
     x = torch.randn(2, 64, 5, 3)
     assert attention(64)(x).shape == x.shape

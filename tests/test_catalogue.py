@@ -64,7 +64,7 @@ def test_every_row_builds_as_its_data_set_wants(entry):
     [
         f"{backbone}_{attention}.cifar10"
         for backbone in ("resnet20", "wrn10_4", "resnet18", "resnext50_32x4d")
-        for attention in ("plain", "se", "cbam", "tam")
+        for attention in ("plain", "se", "cbam", "tam", "scalar")
     ],
 )
 def test_every_parameter_gets_a_gradient(name):

@@ -84,6 +84,17 @@ def test_timms_own_reparameterize_model_folds_measured_gates(backbone, shaken):
         timm.utils.reparameterize_model(model.train())
 
 
+def test_a_scalar_folds_without_being_measured(shaken):
+    model = shaken(timm.create_model("wrn10_4_scalar.cifar10"))
+    for index, block in enumerate((model.layer1[0], model.layer2[0], model.layer3[0])):
+        torch.nn.init.constant_(block.se.logit, index - 1.0)
+    x = torch.randn(2, 3, 32, 32)
+    folded = tamzoo.reparameterize_model(model)
+    assert list(folded.fold_report.folded.values()) == pytest.approx([0.268941, 0.5, 0.731059], abs=1e-6)
+    timm.create_model("wrn10_4_plain.cifar10").load_state_dict(folded.state_dict(), strict=True)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_in_place_changes_the_model_itself(shaken):
     model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
     gates = measure_gates(model, torch.randn(2, 3, 32, 32))
