@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Dataset
 from tamzoo.checkpoint import whole_file
 from tamzoo.progress import Progress, silent
@@ -58,17 +58,6 @@ def data_directory(given: Path | None) -> Path:
     if found != HUB and not found.is_dir():
         raise ValueError(f"{found}: expected a directory with CIFAR or SVHN, found no such directory")
     return found
-
-
-def cache_folder() -> Path:
-    """Where decoded data and compiled kernels are kept: TAMZOO_CACHE, else the platform's own place."""
-    if given := os.environ.get("TAMZOO_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "tamzoo" / "cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tamzoo"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tamzoo"
 
 
 def load_split(directory: Path, dataset: Dataset, split: str, progress: Progress = silent) -> Split:

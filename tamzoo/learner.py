@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tamzoo.augment import augment, draw
+from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Entry
-from tamzoo.data import Split, cache_folder
+from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.recipes import Recipe
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tamzoo import tree
+from tamzoo import tree, tree_cpu
 from tamzoo.attention import TAM
 
+needs_compiler = pytest.mark.skipif(tree_cpu.library() is None, reason="needs a C++ compiler")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -46,11 +47,10 @@ def differs(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("tile", [1, 300, 1 << 18])  # one row of one image; some images; all
+@pytest.mark.parametrize("pixels", [1, 16, 60, 117])  # part of a tile; one; some; some and a part
 @pytest.mark.parametrize("channels", [2, 4, 64, 512])
-def test_product_and_gradients_equal_the_reference(channels, tile, layout, monkeypatch):
-    monkeypatch.setattr(tree, "TILE", tile)
-    module, x = shaken(channels), images(3, channels, 5, 4, layout=layout)
+def test_product_and_gradients_equal_the_reference(channels, pixels, layout):
+    module, x = shaken(channels), images(1, channels, pixels, 1, layout=layout)
     out, expected = module(x), reference(module, x)
     assert out.stride() == x.stride()
     assert differs(out, expected) < 1e-12
@@ -85,11 +85,69 @@ def test_autocast_leaves_float32_input_in_float32():
     assert differs(out, reference(module, x)) < 1e-6
 
 
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_gradients_do_not_depend_on_the_number_of_threads(threads):
+    module, x = shaken(32), images(3, 32, 5, 7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = gradients(module, x, module(x))
+        again = gradients(module, x, module(x))
+    finally:
+        torch.set_num_threads(before)
+    for one, other, wanted in zip(found, again, gradients(module, x, reference(module, x)), strict=True):
+        assert torch.equal(one, other)  # whichever thread ends first
+        assert differs(one, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_so(value, dtype):
+    module, x = shaken(16, torch.float32), images(1, 16, 3, 3, dtype=dtype).detach()
+    x[0, 5, 1, 1] = value
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        found, expected = module(x), reference(module, x)
+    assert torch.equal(found.isfinite(), expected.isfinite()) and not found.isfinite().all()
+
+
+def test_without_a_compiler_the_tree_is_computed_plainly(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    tree_cpu.library.cache_clear()
+    try:
+        module, x = shaken(8), images(2, 8, 3, 3)
+        assert torch.equal(module(x), reference(module, x))
+        assert torch.equal(module(x), reference(module, x))
+    finally:
+        tree_cpu.library.cache_clear()
+    (message,) = caplog.messages  # once
+    assert "layer by layer" in message and "no-such-compiler" in message
+    assert not list(tmp_path.rglob("*"))
+
+
+@needs_compiler
+def test_a_failed_compilation_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path))
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("no C++")
+    monkeypatch.setattr(tree_cpu, "SOURCE", broken)
+    tree_cpu.library.cache_clear()
+    try:
+        assert tree_cpu.library() is None
+    finally:
+        tree_cpu.library.cache_clear()
+    assert "broken.cpp" in caplog.text and "error" in caplog.text.lower()
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+@needs_compiler
 def test_gradcheck():
     parameters = torch.cat([p.detach().flatten() for p in shaken(8).parameters()]).requires_grad_()
     assert torch.autograd.gradcheck(tree.gate_product, (images(2, 8, 3, 2), parameters))
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of opcheck's own copies
 def test_operators_keep_the_rules_of_custom_operators():
     parameters = torch.cat([p.detach().flatten() for p in shaken(8).parameters()]).requires_grad_()
@@ -106,6 +164,7 @@ def test_empty_batch_passes():
     assert shaken(8)(images(0, 8, 3, 3)).shape == (0, 8, 3, 3)
 
 
+@needs_compiler
 def test_only_the_input_and_the_parameters_are_kept_for_the_backward_pass():
     module, x = shaken(64), images(2, 64, 8, 8)
     kept: list[Tensor] = []

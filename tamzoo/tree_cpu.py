@@ -1,0 +1,97 @@
+"""The compiled kernels of `tree` for CPUs: built by the system's C++ compiler on first use, then cached."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tamzoo.cache import cache_folder
+
+SOURCE = Path(__file__).with_name("tree_cpu.cpp")
+# OpenMP's threads are those that torch has already loaded and keeps
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+PATIENCE_S = 120
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they cannot be built; then the log says why."""
+    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
+    try:
+        return ctypes.CDLL(str(_build(command, cache_folder() / "kernels")))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        logger.warning(
+            "training TAM layer by layer, which is slower: its kernels cannot be built with %s (%s)",
+            shlex.join(command),
+            told[0] if told else error,
+        )
+        return None
+
+
+def _build(command: list[str], folder: Path) -> Path:
+    """Compiles the source, unless this compiler has done so on this machine."""
+    told = subprocess.run([*command, "--version"], check=True, capture_output=True, timeout=PATIENCE_S)
+    machine = f"{platform.node()} {platform.machine()} {FLAGS}"  # -march=native differs between machines
+    key = hashlib.sha256(told.stdout + machine.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    built = folder / f"tree-{key}.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            part = Path(place) / built.name
+            subprocess.run(
+                [*command, *FLAGS, str(SOURCE), "-o", str(part)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
+            )
+            part.replace(built)
+    return built
+
+
+def _call(name: str, rows: Tensor, *tensors: Tensor) -> None:
+    """Calls a kernel with tensors, the number of pixels, of channels and of threads."""
+    kernels = library()
+    if kernels is None:
+        raise RuntimeError("the CPU kernels cannot be built here; see the log")
+    n, channels, h, w = rows.shape
+    kernel = kernels[f"{name}_{str(rows.dtype).removeprefix('torch.')}"]
+    kernel.restype = None
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    kernel(*pointers, ctypes.c_int64(n * h * w), channels, torch.get_num_threads())
+
+
+def _computing(parameters: Tensor, x: Tensor) -> Tensor:
+    """Parameters in the dtype in which the kernels for x compute."""
+    return parameters.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def forward(x: Tensor, parameters: Tensor) -> Tensor:
+    """`tamzoo.tree.gate_product` of a channels_last x."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    _call("forward", x, x, _computing(parameters, x), out)
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """`tamzoo.tree.gate_product_backward` of a channels_last x."""
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    computing = _computing(parameters, x)
+    grad_x, grad_parameters = torch.empty_like(x), torch.empty_like(computing)
+    _call("backward", x, grad, x, computing, grad_x, grad_parameters)
+    return grad_x, grad_parameters.to(parameters.dtype)
