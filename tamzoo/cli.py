@@ -10,12 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from tamzoo import cli_demo, cli_export, cli_hub, cli_train
-from tamzoo.terminal import DEMO_ENTRY, Data, Name, Weights, bar, load_model, print_gates, table, test_pixels
+from tamzoo import cli_demo, cli_export, cli_gates, cli_hub, cli_train
+from tamzoo.terminal import DEMO_ENTRY, Data, Name, Weights, bar, load_model, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     cli_demo.demo,
+    cli_gates.gates,
+    cli_gates.freeze_gates,
     cli_export.export,
     cli_train.train,
     cli_train.plot,
@@ -136,34 +138,6 @@ def predict(
         return
     for path, answer in zip(paths, answers, strict=True):
         print(f"{path}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in answer))
-
-
-@app.command()
-def gates(
-    name: Name,
-    data: Data = None,
-    weights: Weights = None,
-    images: Annotated[int, typer.Option(min=2, help="How many.")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
-) -> None:
-    """Measure every gate of a TAM model: does it depend on its input?"""
-    from dataclasses import asdict
-
-    from tamzoo.attention import GATE_TOLERANCE
-    from tamzoo.data import normalise
-    from tamzoo.gates import gates_of, measure_gates
-
-    model, full, dataset = load_model(name, weights)
-    if not gates_of(model):
-        raise ValueError(f"{full} has no TAM gates; expected a model named *_tam")
-    pixels, told = test_pixels(data, dataset, images)
-    found = measure_gates(
-        model, (normalise(batch, dataset) for batch in bar(pixels.split(128), "Measuring gates"))
-    )
-    if as_json:
-        print(json.dumps([asdict(gate) for gate in found], indent=2))
-    else:
-        print_gates(found, GATE_TOLERANCE, told)
 
 
 @app.command()

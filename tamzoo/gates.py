@@ -1,13 +1,15 @@
 """TAM's gates on real images: a model and images in, `GateStats` out."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tamzoo.attention import TAM
 from tamzoo.backbones import GatedBlock
+from tamzoo.checkpoint import load_weights, save_weights, whole_file
 from tamzoo.progress import Progress, silent
 from tamzoo.records import GateStats
 
@@ -148,6 +150,31 @@ def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
     return torch.sigmoid(low).item() * (1 - 8 * HALF_ULP), min(
         1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP)
     )
+
+
+def save_measured(
+    path: Path,
+    model: nn.Module,
+    name: str,
+    images: Callable[[], Iterable[Tensor]],
+    progress: Progress = silent,
+) -> list[GateStats]:
+    """Stores weights in float16 together with the gates as measured on those very weights.
+
+    The model holds afterwards what the file holds.
+
+    Args:
+        images: Gives batches as for `measure_gates`; called where there are gates.
+    Raises:
+        ValueError: as `measure_gates` and `save_weights`; nothing is left behind then.
+    """
+    with whole_file(path) as part:
+        save_weights(part, model.state_dict())
+        load_weights(model, part, name)
+        gates = measure_gates(model, images(), progress=progress) if gates_of(model) else []
+        remember_gates(model, gates)
+        save_weights(part, model.state_dict())
+    return gates
 
 
 @torch.no_grad()

@@ -6,22 +6,22 @@ was stopped and resumed ends with the very weights of one that was not.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tamzoo.catalogue import Entry
-from tamzoo.checkpoint import load_weights, save_weights, write_whole
+from tamzoo.checkpoint import sha256_of, write_whole
 from tamzoo.clock import Clock
 from tamzoo.data import Split, batches, normalise
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
-from tamzoo.gates import gates_of, measure_gates, remember_gates
+from tamzoo.gates import save_measured
 from tamzoo.journal import LOG_FIELDS, Journal, hardware, versions
 from tamzoo.learner import Learner, seed_of
 from tamzoo.progress import Moment, Progress, Watch, silent, unwatched
@@ -249,17 +249,12 @@ class Run:
 
     def finish(self, progress: Progress = silent) -> Record:
         """Stores the weights in float16, measures that very file, gates and errors, and writes the record."""
-        path = self.out / "model.safetensors"
-        save_weights(path, self.learner.kept.state_dict())
-        model: nn.Module = timm.create_model(self.entry.name).eval()
-        load_weights(model, path, self.entry.name)
-        model.to(self.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        gates = []
-        if gates_of(model):  # measured on the stored weights, then stored with them
-            images = (normalise(pixels, self.entry.dataset) for pixels, _ in batches(self.test_split, 250))
-            gates = measure_gates(model, images, progress=progress)
-            remember_gates(model, gates)
-        sha256 = save_weights(path, model.state_dict())
+        path, model = self.out / "model.safetensors", deepcopy(self.learner.kept).eval()
+
+        def images() -> Iterator[Tensor]:
+            return (normalise(pixels, self.entry.dataset) for pixels, _ in batches(self.test_split, 250))
+
+        gates = save_measured(path, model, self.entry.name, images, progress)
         record = Record(
             entry=self.entry.name,
             data=f"{self.entry.dataset.title} train",
@@ -274,7 +269,7 @@ class Run:
             seconds=round(self.seconds, 1),
             commit=self.journal.commit,
             versions=versions(),
-            sha256=sha256,
+            sha256=sha256_of(path),
             score=evaluate(model, self.test_split, self.entry.dataset, progress=progress),
             gates=gates,
         )

@@ -43,7 +43,7 @@ def test_list_shows_every_row_and_patterns_narrow_it(tamzoo):
     code, out, _ = tamzoo("list", "resnet50*.svhn")
     assert code == 0 and "resnet50_tam.svhn" in out and "cifar" not in out
     code, out, _ = tamzoo("list", "--all", "wrn28_10*")
-    assert code == 0 and len(out.split()) == 4 * 4
+    assert code == 0 and len(out.split()) == 5 * 4
     code, out, err = tamzoo("list", "vgg*")
     assert code == 2 and not out and "nothing matches 'vgg*'" in err
 

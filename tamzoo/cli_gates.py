@@ -1,0 +1,87 @@
+"""The commands about gates: measure them, freeze them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tamzoo.terminal import Data, Name, Weights, bar, load_model, print_gates, table, test_pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def gates(
+    name: Name,
+    data: Data = None,
+    weights: Weights = None,
+    images: Annotated[int, typer.Option(min=2, help="How many.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+) -> None:
+    """Measure every gate of a TAM model: does it depend on its input?"""
+    from dataclasses import asdict
+
+    from tamzoo.attention import GATE_TOLERANCE
+    from tamzoo.data import normalise
+    from tamzoo.gates import gates_of, measure_gates
+
+    model, full, dataset = load_model(name, weights)
+    if not gates_of(model):
+        raise ValueError(f"{full} has no TAM gates; expected a model named *_tam")
+    pixels, told = test_pixels(data, dataset, images)
+    found = measure_gates(
+        model, (normalise(batch, dataset) for batch in bar(pixels.split(128), "Measuring gates"))
+    )
+    if as_json:
+        print(json.dumps([asdict(gate) for gate in found], indent=2))
+    else:
+        print_gates(found, GATE_TOLERANCE, told)
+
+
+def freeze_gates(
+    name: Name,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")],
+    data: Data = None,
+    weights: Weights = None,
+    images: Annotated[int, typer.Option(min=2, help="Training images to measure on.")] = 10_000,
+    tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is static.")] = None,
+) -> None:
+    """Turn gates that move into constants, so that the model folds whole; errors before and after."""
+    from torch.optim.swa_utils import update_bn
+
+    from tamzoo.attention import GATE_TOLERANCE
+    from tamzoo.data import data_directory, load_split, normalise
+    from tamzoo.evaluate import evaluate
+    from tamzoo.freeze import freeze_gates
+    from tamzoo.gates import measure_gates, save_measured
+
+    model, full, dataset = load_model(name, weights)
+    folder = data_directory(data)
+    train, test = (load_split(folder, dataset, split, bar) for split in ("train", "test"))
+
+    def batches() -> Iterator[Tensor]:
+        for batch in bar(train.pixels[:images].split(128), "Reading training images"):
+            yield normalise(batch, dataset)
+
+    def row(what: str) -> tuple[str, ...]:
+        score = evaluate(model, test, dataset, progress=bar)
+        return what, f"{score.top1_error:.2f}", f"{score.top5_error:.2f}", f"{score.loss:.4f}"
+
+    measured = measure_gates(model, batches())
+    rows = [row("as loaded")]
+    frozen = freeze_gates(model, measured, GATE_TOLERANCE if tolerance is None else tolerance)
+    if frozen:
+        rows.append(row("gates frozen"))
+    update_bn(batches(), model)
+    save_measured(output, model, full, batches)
+    rows.append(row("BatchNorm measured anew, as stored"))
+    columns = ("weights", "top-1 error %", "top-5 error %", "loss")
+    table(f"{full} on {len(test)} {dataset.title} test images", columns, rows)
+    for gate in measured:
+        told = f"frozen as {gate.mean:.6f}" if gate.name in frozen else "left as it is"
+        print(f"  {gate.name}: width {gate.width:.1e} over {gate.n} training images, {told}")
+    print(f"{output}: {len(frozen)} of {len(measured)} gates frozen")
