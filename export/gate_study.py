@@ -1,0 +1,205 @@
+"""When is a gate static, and what does it cost to fold one that nearly is?
+
+`python -m export.gate_study run --data DIR --out DIR` trains small runs and measures every gate before and
+after each epoch; `python -m export.gate_study show DIR` prints the tables of export/README.md from what it
+wrote. A run that is in DIR already is not repeated.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.backbones import GatedBlock
+from tamzoo.catalogue import ENTRIES
+from tamzoo.checkpoint import write_whole
+from tamzoo.data import Split, load_split, normalise
+from tamzoo.evaluate import evaluate
+from tamzoo.fold import reparameterize_model
+from tamzoo.gates import gates_of, measure_gates, remember_gates
+from tamzoo.recipes import SHORT_CPU
+from tamzoo.train import Run
+
+EVERYTHING = 0.999999  # a tolerance that folds whatever moves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one run does differently."""
+
+    model: str
+    weight_decay: float
+    slope: float  # of the trees' PReLUs at initialisation
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-wd{self.weight_decay:g}-slope{self.slope:g}"
+
+
+SETTINGS = (
+    *(
+        Setting(model=model, weight_decay=decay, slope=slope)
+        for model in ("resnet20", "wrn10_4")
+        for decay in (5e-4, 0.0)
+        for slope in (0.0, 0.25)
+    ),
+    Setting(model="resnet18", weight_decay=5e-4, slope=0.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """One gate after one epoch, on test images; epoch 0 is the initialisation with BatchNorm measured."""
+
+    setting: str
+    epoch: int
+    gate: str
+    channels: int
+    mean: float
+    std: float
+    width: float
+    bound_width: float  # by interval arithmetic
+    logit_change: float  # largest, where this gate alone is folded to its mean
+    changed_top1: int  # of as many images as the gates were measured on
+
+
+def observe(model: nn.Module, setting: str, epoch: int, images: Tensor) -> list[Observation]:
+    """Every gate of a model in eval mode on (n, c, h, w) images, and the cost of folding it alone."""
+    found, measured = [], measure_gates(model, images)
+    remember_gates(model, measured)
+    with torch.inference_mode():
+        expected = torch.cat([model(batch) for batch in images.split(128)])
+        for gate in measured:
+            folded = deepcopy(model)
+            block = folded.get_submodule(gate.name.rpartition(".")[0])
+            assert isinstance(block, GatedBlock)
+            block.reparameterize(EVERYTHING)
+            logits = torch.cat([folded(batch) for batch in images.split(128)])
+            found.append(
+                Observation(
+                    setting=setting,
+                    epoch=epoch,
+                    gate=gate.name,
+                    channels=gates_of(model)[gate.name].channels,
+                    mean=gate.mean,
+                    std=gate.std,
+                    width=gate.width,
+                    bound_width=gate.bound_max - gate.bound_min,
+                    logit_change=(logits - expected).abs().max().item(),
+                    changed_top1=int((logits.argmax(1) != expected.argmax(1)).sum()),
+                )
+            )
+    return found
+
+
+def run(setting: Setting, train: Split, test: Split, options: argparse.Namespace) -> None:
+    """Trains one setting and writes its observations and, last, its errors with and without gates."""
+    entry = ENTRIES[f"{setting.model}_tam.cifar10"]
+    recipe = replace(SHORT_CPU, epochs=options.epochs, weight_decay=setting.weight_decay)
+    images = normalise(test.pixels[: options.images], entry.dataset)
+    observations: list[Observation] = []
+
+    def watch(row: dict[str, float]) -> None:
+        model = deepcopy(trainer.learner.model).eval()
+        observations.extend(observe(model, setting.name, int(row["epoch"]), images))
+        print(f"{setting.name}, epoch {row['epoch']}: loss {row['train_loss']:.3f}", flush=True)
+
+    with TemporaryDirectory() as folder:
+        few = Split(pixels=test.pixels[: options.images], labels=test.labels[: options.images])
+        trainer = Run(entry, recipe, train, few, out=Path(folder), precision=options.precision)
+        for module in trainer.learner.model.modules():
+            if isinstance(module, nn.PReLU):
+                nn.init.constant_(module.weight, setting.slope)
+        fresh = deepcopy(trainer.learner.model)
+        update_bn(normalise(train.pixels[:1000], entry.dataset).split(125), fresh)
+        observations += observe(fresh.eval(), setting.name, 0, images)
+        trainer.train(report=watch)
+    model = trainer.learner.model.eval()
+    folded = reparameterize_model(model, measure_gates(model, images), tolerance=EVERYTHING)
+    errors = [evaluate(each, test, entry.dataset).top1_error for each in (model, folded)]
+    lines = [",".join(field.name for field in fields(Observation)) + ",error,error_folded"]
+    lines += [",".join(map(str, (*astuple(each), *errors))) for each in observations]
+    write_whole(options.out / f"{setting.name}.csv", "\n".join(lines) + "\n")
+
+
+def rows_of(folder: Path) -> Iterator[dict[str, str]]:
+    """All observations in a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        raise ValueError(f"{folder}: expected the CSV files of a study, found none; run it first")
+    for path in paths:
+        with path.open(newline="") as file:
+            yield from csv.DictReader(file)
+
+
+def show(folder: Path) -> None:
+    """Prints the study's two tables in Markdown."""
+    rows = list(rows_of(folder))
+    epochs = sorted({int(row["epoch"]) for row in rows})
+    print("| run | " + " | ".join(f"after {epoch}" for epoch in epochs) + " | error, all folded |")
+    print("|---|" + "---|" * (len(epochs) + 1))
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        cells = []
+        for epoch in epochs:
+            widths = [float(r["width"]) for r in rows if r["setting"] == setting and int(r["epoch"]) == epoch]
+            static = sum(width <= GATE_TOLERANCE for width in widths)
+            cells.append(f"{static}/{len(widths)}, {max(widths):.0e}" if widths else "-")
+        last = next(row for row in rows if row["setting"] == setting)
+        cells.append(f"{float(last['error']):.2f} %, {float(last['error_folded']):.2f} %")
+        print(f"| {setting} | " + " | ".join(cells) + " |")
+    print(
+        "\n| width | gates | median logit change | largest | top-1 changed, largest |\n|---|---|---|---|---|"
+    )
+    decades: dict[int, list[dict[str, str]]] = {}
+    for row in rows:
+        width = float(row["width"])
+        decades.setdefault(math.ceil(math.log10(width)) if width else -99, []).append(row)
+    for decade, found in sorted(decades.items()):
+        changes = [float(row["logit_change"]) for row in found]
+        label = "0" if decade == -99 else f"1e{decade - 1} to 1e{decade}"
+        flips = max(int(row["changed_top1"]) for row in found)
+        print(f"| {label} | {len(found)} | {statistics.median(changes):.0e} | {max(changes):.0e} | {flips} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m export.gate_study")
+    commands = parser.add_subparsers(required=True, dest="command")
+    train = commands.add_parser("run")
+    train.add_argument("--data", type=Path, required=True)
+    train.add_argument("--out", type=Path, required=True)
+    train.add_argument("--only", nargs="+", help="names of settings", choices=[s.name for s in SETTINGS])
+    train.add_argument("--epochs", type=int, default=10)
+    train.add_argument("--train-images", type=int, default=10_000)
+    train.add_argument("--images", type=int, default=500, help="test images to measure gates on")
+    train.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    commands.add_parser("show").add_argument("out", type=Path)
+    options = parser.parse_args()
+    if options.command == "show":
+        return show(options.out)
+    dataset = ENTRIES["resnet20_tam.cifar10"].dataset
+    whole, test = (load_split(options.data, dataset, split) for split in ("train", "test"))
+    few = slice(options.train_images)
+    train_split = Split(pixels=whole.pixels[few], labels=whole.labels[few], note=whole.note)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for setting in SETTINGS:
+        wanted = not options.only or setting.name in options.only
+        if wanted and not (options.out / f"{setting.name}.csv").exists():
+            run(setting, train_split, test, options)
+
+
+if __name__ == "__main__":
+    main()
