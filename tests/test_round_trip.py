@@ -39,7 +39,8 @@ with torch.inference_mode():
     answers["torch.hub"] = loaded.eval()(image)
     session = onnxruntime.InferenceSession(hf_hub_download(repo, "onnx/model.onnx"))
     answers["onnxruntime"] = session.run(None, {"pixel_values": image.numpy()})[0]
-    wrapped = TimmWrapperForImageClassification.from_pretrained(repo).eval()
+    # which would compute in the file's float16
+    wrapped = TimmWrapperForImageClassification.from_pretrained(repo).float().eval()
     answers["transformers"] = wrapped(image).logits
 answers["labels"] = list(wrapped.config.id2label.values())
 print(json.dumps({k: v if isinstance(v, list) else numpy.asarray(v)[0].tolist() for k, v in answers.items()}))
