@@ -11,8 +11,9 @@ ROOMS = tuple(
     """
     tree_triton tree attention progress recipes records class_names catalogue backbones checkpoint
     card_texts cards hub registry images sources data augment evaluate gates fold onnx_export
-    predict latency results verify publish clock distributed snapshots journal learner train session plots
-    terminal cli_export cli_demo cli_train cli_hub cli
+    predict shards parts answers batch batch_ray latency results verify publish clock distributed
+    snapshots journal learner train session plots
+    terminal cli_predict cli_export cli_demo cli_train cli_hub cli
     """.split()
 )
 PACKAGE = Path(tamzoo.__file__).parent
