@@ -57,6 +57,7 @@ class OnRay:
 
         data = self._ray.data
         data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised too
         answers = data.from_items(
             [asdict(part) | {"paths": list(part.paths)} for part in parts], override_num_blocks=len(parts)
         ).map_batches(
@@ -73,8 +74,8 @@ class OnRay:
                 table = pa.ipc.open_stream(row["table"]).read_all()
                 yield numbered[row["index"]], Answer(table=table, model_s=row["model_s"])
         except self._ray.exceptions.RayError as error:
-            cause = " ".join(str(getattr(error, "cause", None) or error).split())
-            raise ValueError(f"a worker on Ray failed: {cause}") from error
+            told = str(error).strip().splitlines()[-1]  # above it is the worker's traceback
+            raise ValueError(f"a worker on Ray failed: {told}") from error
 
 
 class _Worker:
