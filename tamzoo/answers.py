@@ -74,11 +74,11 @@ def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
     told: list[dict[str, Any]] = []
     good: list[dict[str, Any]] = []
     for key, source in rows:
-        told.append(found := {"path": key})
+        told.append(found := {"path": _utf8(key)})
         try:
             pixels[len(good)] = classifier.pixels(_picture(key, source))
         except ValueError as error:
-            found["error"] = str(error)
+            found["error"] = _utf8(str(error))
         else:
             good.append(found)
     began = time.perf_counter()
@@ -97,6 +97,11 @@ def _picture(key: str, source: Path | bytes | None) -> Image.Image:
     if source is None:
         raise ValueError(f"{key}: expected a picture, found null")
     return open_picture(source) if isinstance(source, Path) else decode_picture(io.BytesIO(source), key)
+
+
+def _utf8(text: str) -> str:
+    """A text that parquet can hold: names of files need not be UTF-8."""
+    return os.fsencode(text).decode(errors="replace")
 
 
 def joined(answers: Sequence[Answer]) -> Answer:

@@ -176,5 +176,5 @@ def _keeping(job: Job) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"cannot write {job.out}: {reason}; {kept} of {job.identity['rows']} rows are finished and kept "
-            f"in {job.folder}, the same command goes on with the others",
+            f"in {job.folder}, from where the same command goes on",
         ) from error

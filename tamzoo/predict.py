@@ -111,7 +111,10 @@ def onnx_classifier(session: Any, metadata: dict[str, Any]) -> Classifier:
             f"the ONNX graph takes {size} as {'uint8' if raw else 'float'}, its metadata say "
             f"{told} as {metadata['input']}; export it again"
         )
-    labels, classes = metadata["labels"], session.get_outputs()[0].shape[-1]
+    labels, scores = metadata["labels"], session.get_outputs()[0].shape
+    if len(scores) != 2:
+        raise ValueError(f"expected an ONNX graph whose first output is (n, classes), got {scores}")
+    classes = scores[1]
     if labels and isinstance(classes, int) and len(labels) != classes:
         raise ValueError(f"the ONNX graph has {classes} classes, but there are {len(labels)} labels")
     feed, kind = session.get_inputs()[0].name, _TYPES[session.get_inputs()[0].type]

@@ -121,6 +121,15 @@ def test_what_the_single_picture_path_refuses_is_an_error_of_the_same_words(tmp_
     assert row["error"] == str(refusal.value)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are texts elsewhere")
+def test_a_name_that_is_no_text_costs_nothing_but_its_odd_byte(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/pictures/\xff.png")).write_bytes(coloured(1))
+    run([tmp_path / "pictures"], tmp_path / "x.parquet")
+    (row,) = rows_of(tmp_path / "x.parquet")
+    assert row["label"] == "green" and row["path"] == str(tmp_path / "pictures" / "\ufffd.png")
+
+
 def test_a_job_goes_on_where_a_full_disk_stopped_it(pictures, tmp_path, monkeypatch):
     out, whole_file, written = tmp_path / "x.parquet", tamzoo.batch.whole_file, []
 
