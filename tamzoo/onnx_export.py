@@ -103,7 +103,8 @@ def metadata_of(session: Any) -> dict[str, Any]:
     missing = {"entry", "labels", "mean", "std", "input_size", "input"} - found.keys()
     if missing:
         raise ValueError(
-            f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}"
+            f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}; "
+            "tamzoo predict takes --mean R G B, --std R G B and --labels FILE in their place"
         )
     encoded = ("[", "{", "null")  # other values are texts, which are stored as they are
     return {key: json.loads(value) if value.startswith(encoded) else value for key, value in found.items()}

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import pytest
 import timm
@@ -9,24 +8,8 @@ from safetensors.torch import save_file
 
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
-from tamzoo.cli import main
 from tamzoo.images import PICTURES
-
-
-@pytest.fixture
-def tamzoo(monkeypatch, capsys):
-    """Runs a command line: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tamzoo", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
+from tests.conftest import refused
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +73,6 @@ def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
 
 
 # Bad input: one sentence, exit code 2, nothing written.
-
-
-def refused(answer, *words):
-    code, out, err = answer
-    assert code == 2, (out, err)
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    for word in words:
-        assert word in err
 
 
 def test_unknown_names_are_refused_with_the_nearest(tamzoo):
