@@ -10,9 +10,9 @@ import tamzoo
 ROOMS = tuple(
     """
     tree_triton tree attention progress recipes records class_names catalogue backbones checkpoint
-    card_texts cards hub registry images sources data augment evaluate gates fold onnx_export
-    predict latency results verify publish clock distributed snapshots journal learner train session plots
-    terminal cli_export cli_demo cli_train cli_hub cli
+    card_texts cards hub registry images sources data augment evaluate gates fold deploy onnx_export
+    program_export quantise predict latency results verify publish clock distributed snapshots journal
+    learner train session plots terminal cli_export cli_demo cli_train cli_hub cli
     """.split()
 )
 PACKAGE = Path(tamzoo.__file__).parent
