@@ -33,7 +33,7 @@ class Tolerance:
 
 EXACT = Tolerance(difference=1e-3)
 FLOAT16 = Tolerance(difference=0.1, agreement=0.99)
-INT8 = Tolerance(difference=4.0, agreement=0.95)  # what is lost is measured on a whole test split
+INT8 = Tolerance(difference=4.0, agreement=0.9)  # wide: finds what is broken, not what accuracy is lost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,8 @@ def export_program(
 
 def load_program(path: Path) -> Run:
     """A `.pt2` file of ours as what turns a tensor into logits; not for files of unknown origin."""
-    return torch.export.load(path).module()
+    module = torch.export.load(path).module()
+    return lambda x: module(x)  # not the module itself, which says that it is in training mode
 
 
 EXPORTERS: dict[str, Callable[..., Parity]] = {
