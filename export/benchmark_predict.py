@@ -94,7 +94,9 @@ def memory(folder: Path, onnx: Path, shard: Path) -> None:
         (many / f"{copy}.parquet").unlink(missing_ok=True)
         (many / f"{copy}.parquet").symlink_to(shard.resolve())
     for given in (shard, many):
-        subprocess.run([sys.executable, "-m", "export.benchmark_predict", "peak", folder, onnx, given], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "export.benchmark_predict", "peak", folder, onnx, given], check=True
+        )
 
 
 if __name__ == "__main__":

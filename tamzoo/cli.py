@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tamzoo import cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
-from tamzoo.terminal import Data, Name, Weights, bar, load_model, table
+from tamzoo.terminal import Data, Name, Weights, bar, load_model, one_sentence, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
@@ -135,8 +134,5 @@ def results() -> None:
 
 def main() -> None:
     """Runs the command line; a ValueError, RuntimeError or OSError is one sentence and exit code 2."""
-    try:
+    with one_sentence():
         app()
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

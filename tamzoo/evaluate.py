@@ -1,6 +1,6 @@
 """A model on a test split: errors, loss and calibration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,18 @@ from tamzoo.records import Score
 
 @torch.inference_mode()
 def logits_of(
-    model: nn.Module, split: Split, dataset: Dataset, batch_size: int, progress: Progress = silent
+    model: Callable[[Tensor], Tensor],
+    split: Split,
+    dataset: Dataset,
+    batch_size: int,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Logits of every image in order, float32 (n, classes).
+    """Logits of every image in order, float32 (n, classes), from a model or an opened file.
 
     Raises:
         ValueError: the model is in training mode.
     """
-    if model.training:
+    if isinstance(model, nn.Module) and model.training:
         raise ValueError("evaluation needs a model in eval mode; call model.eval() first")
     steps: Iterator[tuple[Tensor, Tensor]] = iter(progress(list(batches(split, batch_size)), "Evaluating"))
     return torch.cat(
