@@ -106,6 +106,14 @@ class ResNet(resnet.ResNet):
         if not hasattr(self, "layer4"):  # timm's forward names four stages
             self.layer4 = nn.Sequential()
 
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> what enters the first block."""
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+
+    def forward_tail(self, x: Tensor) -> Tensor:
+        """What leaves the last block -> (n, num_classes)."""
+        return self.forward_head(x)
+
 
 class PreActBlock(GatedBlock, nn.Module):
     """BN-ReLU-conv3x3-BN-ReLU-conv3x3-attention, plus the input; 1x1 conv + BN where the width changes."""
@@ -285,9 +293,17 @@ class WideResNet(nn.Module):
             return checkpoint_seq(stage, x)
         return stage(x)
 
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> what enters the first block."""
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+
+    def forward_tail(self, x: Tensor) -> Tensor:
+        """What leaves the last block -> (n, num_classes)."""
+        return self.forward_head(self.act2(self.bn2(x)))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, num_features, h / reduction, w / reduction)."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        x = self.forward_stem(x)
         for name in self.stage_names:
             x = self._stage(name, x)
         return self.act2(self.bn2(x))

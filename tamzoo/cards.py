@@ -5,21 +5,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tamzoo.card_texts import ATTENTION_TEXTS, CITATION, DATA_LICENCES, PAPER_URL, SOURCE, TRAINED, UNTRAINED
+from tamzoo.card_texts import (
+    ATTENTION_TEXTS,
+    CITATION,
+    DATA_LICENCES,
+    FIGURES,
+    PAPER_URL,
+    SOURCE,
+    TRAINED,
+    UNTRAINED,
+)
 from tamzoo.catalogue import HUB_OWNER, PAPER_TITLE, Entry
-from tamzoo.records import GateStats, Record
+from tamzoo.records import Analysis, GateStats, Record
 
 
-def render_card(entry: Entry, record: Record | None = None, owner: str = HUB_OWNER) -> str:
+def render_card(
+    entry: Entry, record: Record | None = None, owner: str = HUB_OWNER, analysis: Analysis | None = None
+) -> str:
     """The README.md of an entry's Hub repository.
 
     Args:
         record: Of the weights; None renders the card of an entry without.
+        analysis: Of the weights, where it was made: its pictures lie beside the card.
     Raises:
-        ValueError: the record is of another entry.
+        ValueError: the record or the analysis is of another entry.
     """
-    if record is not None and record.entry != entry.name:
-        raise ValueError(f"{entry.name}: the record is of {record.entry}")
+    for what, found in (("record", record), ("analysis", analysis)):
+        if found is not None and found.entry != entry.name:
+            raise ValueError(f"{entry.name}: the {what} is of {found.entry}")
     texts: dict[str, Any] = {
         "front": "\n".join(_front_matter(entry, record)),
         "name": entry.name,
@@ -51,7 +64,7 @@ def render_card(entry: Entry, record: Record | None = None, owner: str = HUB_OWN
         h=h,
         w=w,
         classes=entry.dataset.num_classes,
-        gates=_gates(record.gates),
+        gates=_gates(record.gates) + _analysis(analysis),
     )
 
 
@@ -163,6 +176,18 @@ def _gates(gates: Sequence[GateStats]) -> str:
     )
 
 
+def _analysis(analysis: Analysis | None) -> str:
+    if analysis is None:
+        return ""
+    shown = [name for name in analysis.figures if name != "gates"]  # which stands with its table
+    pictures = "\n\n".join(f"![{FIGURES[name]}]({name}.png)\n\n{FIGURES[name]}." for name in shown)
+    absent = f" Not compared with {', '.join(analysis.absent)}: no weights yet." * bool(analysis.absent)
+    return (
+        "\n## What the gates do\n\nThe figures of the paper's section 4, measured on these weights and "
+        f"{analysis.n:,} test images; the numbers are in `analysis.json`.{absent}\n\n{pictures}\n"
+    )
+
+
 def config_json(entry: Entry, gates: Sequence[GateStats] = (), golden: Sequence[float] | None = None) -> str:
     """timm's config.json, from which `hf-hub:` and `local-dir:` build the model.
 
@@ -208,15 +233,22 @@ def eval_results(entry: Entry, record: Record) -> str:
     )
 
 
+def pictures(record: Record | None, analysis: Analysis | None) -> list[str]:
+    """The files of the pictures that an entry's card shows."""
+    names = analysis.figures if analysis else ["gates"] if record and record.gates else []
+    return [f"{name}.png" for name in names]
+
+
 def card_files(
     entry: Entry,
     record: Record | None = None,
     golden: Sequence[float] | None = None,
     owner: str = HUB_OWNER,
+    analysis: Analysis | None = None,
 ) -> dict[str, str]:
     """Every rendered file of an entry's Hub repository, path to text."""
     files = {
-        "README.md": render_card(entry, record, owner),
+        "README.md": render_card(entry, record, owner, analysis),
         "config.json": config_json(entry, record.gates if record else (), golden),
     }
     if record is not None:

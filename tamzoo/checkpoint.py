@@ -121,6 +121,21 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     model.load_state_dict(weights)
 
 
+def check_finite(weights: dict[str, Tensor], name: str) -> None:
+    """Sees that weights are numbers.
+
+    Args:
+        name: What they are called in a message.
+    Raises:
+        ValueError: NaN or infinity; names the first tensor that holds one.
+    """
+    for key, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{name}: {key} holds NaN or infinity; expected finite weights, train or fetch again"
+            )
+
+
 def save_weights(path: Path, state: dict[str, Tensor]) -> str:
     """Writes weights as float16 safetensors and returns the file's SHA-256.
 

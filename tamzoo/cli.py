@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from tamzoo import cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
+from tamzoo import cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
 from tamzoo.terminal import Data, Name, Weights, bar, load_model, one_sentence, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     cli_demo.demo,
     cli_predict.predict,
+    cli_analyze.analyze,
     cli_gates.gates,
     cli_gates.freeze_gates,
     cli_export.export,
@@ -125,10 +126,12 @@ def evaluate(name: Name, data: Data = None, weights: Weights = None) -> None:
 def results() -> None:
     """Rewrite model_cards, results.csv and the README's table from rows and records (in a clone)."""
     from tamzoo.plots import plot_gates
+    from tamzoo.plots_analysis import plot_analysis
     from tamzoo.results import write_results
     from tamzoo.verify import write_cards
 
-    for path in (*write_cards(Path("model_cards"), draw=plot_gates), *write_results(Path.cwd())):
+    cards = write_cards(Path("model_cards"), draw=plot_gates, draw_analysis=plot_analysis)
+    for path in (*cards, *write_results(Path.cwd())):
         print(path)
 
 

@@ -12,6 +12,18 @@ from tamzoo.progress import Progress, silent
 from tamzoo.records import Score
 
 
+def normalised(
+    split: Split, dataset: Dataset, batch_size: int, progress: Progress, told: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A split in order, as models want it: (n, 3, h, w) float32, channels last, and (n,) int64 labels.
+
+    Args:
+        told: What the progress is of.
+    """
+    for pixels, labels in progress(list(batches(split, batch_size)), told):
+        yield normalise(pixels, dataset).contiguous(memory_format=torch.channels_last), labels
+
+
 @torch.inference_mode()
 def logits_of(
     model: Callable[[Tensor], Tensor],
@@ -27,13 +39,8 @@ def logits_of(
     """
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("evaluation needs a model in eval mode; call model.eval() first")
-    steps: Iterator[tuple[Tensor, Tensor]] = iter(progress(list(batches(split, batch_size)), "Evaluating"))
-    return torch.cat(
-        [
-            model(normalise(pixels, dataset).contiguous(memory_format=torch.channels_last)).float()
-            for pixels, _ in steps
-        ]
-    )
+    shown = normalised(split, dataset, batch_size, progress, "Evaluating")
+    return torch.cat([model(images).float() for images, _ in shown])
 
 
 @torch.inference_mode()

@@ -21,6 +21,12 @@ def gates_of(model: nn.Module) -> dict[str, TAM]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TAM)}
 
 
+def stage_of(name: str) -> int:
+    """The stage, 1, 2, ..., in which a module of that name stands; 0 outside the stages."""
+    stage = re.search(r"layer(\d+)", name)
+    return int(stage[1]) if stage else 0
+
+
 class _Watch:
     """Running statistics of one gate, in float64; merged batch by batch (Chan, Golub & LeVeque, 1979)."""
 
@@ -100,11 +106,10 @@ def _stats(name: str, block: int, gate: TAM, watch: _Watch) -> GateStats:
         raise ValueError(f"gate {name} is not finite: the weights or the images hold NaN or infinity")
     assert watch.channel_low is not None and watch.channel_high is not None
     bound_min, bound_max = gate_bounds(gate, watch.channel_low, watch.channel_high)
-    stage = re.search(r"layer(\d+)", name)
     return GateStats(
         name=name,
         block=block,
-        stage=int(stage[1]) if stage else 0,
+        stage=stage_of(name),
         n=watch.images,
         mean=watch.mean,
         std=(watch.squares / watch.count) ** 0.5,

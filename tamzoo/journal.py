@@ -7,6 +7,7 @@ import platform
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,26 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, *, entry: str, recipe: Recipe, seed: int, precision: str, resume: bool
+        self,
+        folder: Path,
+        *,
+        entry: str,
+        recipe: Recipe,
+        seed: int,
+        precision: str,
+        resume: bool,
+        model_args: dict[str, Any],
     ) -> None:
         self.folder = folder
         self._writer: Any = None
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = {"entry": entry, "seed": seed, "precision": precision, "recipe": asdict(recipe)}
+        wanted = {
+            "entry": entry,
+            "seed": seed,
+            "precision": precision,
+            "recipe": asdict(recipe),
+            "model_args": model_args,
+        }
         wanted = json.loads(json.dumps(wanted))  # tuples become lists
         path = folder / "run.json"
         found = _read_run(path) if path.exists() else wanted | {"commits": []}
@@ -47,7 +62,7 @@ class Journal:
                 f"{folder} holds a run of {entry}; pass --resume to go on, or choose another --out"
             )
         # what ran is told when it starts: by its end the code on disk may be another
-        if (commit := _commit()) not in found["commits"]:
+        if (commit := commit_here()) not in found["commits"]:
             found["commits"].append(commit)
             write_whole(path, json.dumps(found, indent=2) + "\n")
         self.commit = ", ".join(found["commits"])
@@ -89,7 +104,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["commits"], list):
             raise TypeError("commits is no list")
-        return found
+        return {"model_args": {}} | found  # early runs had none
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of a run ({error}); choose another --out") from error
 
@@ -105,7 +120,8 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         raise ValueError(f"{path}: expected the log of a training run, found nothing")
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [{name: float(row[name]) for name in LOG_FIELDS} for row in csv.DictReader(file)]
+            early = {"images_per_s": nan}  # which the first runs did not log
+            rows = [{name: float((early | row)[name]) for name in LOG_FIELDS} for row in csv.DictReader(file)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the log of a training run ({error!r})") from error
     return [row | {"epoch": int(row["epoch"])} for row in rows]
@@ -133,7 +149,7 @@ def hardware(device: torch.device, processes: int) -> str:
     return f"{times}CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
 
 
-def _commit() -> str:
+def commit_here() -> str:
     """The repository's commit, with `-dirty` where files differ from it; `unknown` outside our repository."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():  # installed; a repository further up would be somebody else's

@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from typing import Any
 
 import timm
 import torch
@@ -30,19 +31,28 @@ class Learner:
         precision: "float32", or "bfloat16" for autocast.
         compiled: Whether torch.compile makes the step.
         world: The processes that train together.
+        model_args: Of the model, beyond the entry's own.
     Raises:
         ValueError: no such precision.
     """
 
     def __init__(
-        self, entry: Entry, recipe: Recipe, *, seed: int, precision: str, compiled: bool, world: World
+        self,
+        entry: Entry,
+        recipe: Recipe,
+        *,
+        seed: int,
+        precision: str,
+        compiled: bool,
+        world: World,
+        model_args: dict[str, Any] | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.recipe, self.dataset, self.seed, self.world = recipe, entry.dataset, seed, world
         self._dtype = PRECISIONS[precision]
         torch.manual_seed(seed)
-        self.model = timm.create_model(entry.name).to(world.device)
+        self.model = timm.create_model(entry.name, **(model_args or {})).to(world.device)
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
         self._forward = self._full_forward = world.spread(self.model)

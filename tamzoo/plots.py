@@ -2,15 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tamzoo.checkpoint import whole_file
 from tamzoo.journal import read_log
-from tamzoo.records import GateStats, Timing
+from tamzoo.records import Curve, GateStats, Timing
 
-# Okabe & Ito's palette, told apart with any colour vision; the dashes tell lines apart in grey print
+# Okabe & Ito's palette, told apart with any colour vision; dashes and markers tell lines apart in grey print
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X"
+KINDS = (".png", ".svg", ".pdf")
+GREY = "0.45"
+
+
+class Placed(Protocol):
+    """A row of a record that belongs to a block."""
+
+    @property
+    def block(self) -> int: ...
+    @property
+    def stage(self) -> int: ...
 
 
 def plot_error(runs: Sequence[Path], out: Path) -> None:
@@ -22,20 +34,29 @@ def plot_error(runs: Sequence[Path], out: Path) -> None:
     Raises:
         ValueError: no matplotlib, a folder without a log, or another kind of picture.
     """
-    figure, axes = _canvas(out)
-    for index, run in enumerate(runs):
-        rows = read_log(run)
+    check_matplotlib()
+    errors = [[row["test_top1_error"] for row in read_log(run)] for run in runs]
+    names = [run.resolve().name for run in runs]
+    plot_curves([Curve(model=name, top1_errors=row) for name, row in zip(names, errors, strict=True)], out)
+
+
+def plot_curves(curves: Sequence[Curve], out: Path) -> None:
+    """Draws test error against epoch, a line a run (as the paper's Figure 6)."""
+    figure, axes = canvas(out)
+    for index, curve in enumerate(curves):
+        errors = curve.top1_errors
         axes.plot(
-            [row["epoch"] for row in rows],
-            [row["test_top1_error"] for row in rows],
+            range(1, len(errors) + 1),
+            errors,
             color=COLOURS[index % len(COLOURS)],
             linestyle=DASHES[index % len(DASHES)],
-            marker="o" if len(rows) == 1 else None,
-            label=f"{run.resolve().name}: {rows[-1]['test_top1_error']:.2f} %" if rows else run.name,
+            marker="o" if len(errors) == 1 else None,
+            label=f"{curve.model}: {errors[-1]:.2f} %" if errors else curve.model,
         )
     axes.set(xlabel="epoch", ylabel="top-1 error on the test split (%)", ylim=(0, None))
-    axes.legend(frameon=False, title="run: error of the last epoch")
-    _save(figure, out)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend_below(figure, title="run: error of the last epoch")
+    save(figure, out)
 
 
 def plot_gates(gates: Sequence[GateStats], out: Path) -> None:
@@ -47,22 +68,19 @@ def plot_gates(gates: Sequence[GateStats], out: Path) -> None:
     Raises:
         ValueError: no matplotlib, or another kind of picture.
     """
-    figure, axes = _canvas(out)
-    for stage in sorted({gate.stage for gate in gates}):
-        rows = [gate for gate in gates if gate.stage == stage]
-        axes.errorbar(
-            [gate.block for gate in rows],
-            [gate.mean for gate in rows],
-            yerr=[[gate.mean - gate.min for gate in rows], [gate.max - gate.mean for gate in rows]],
-            color=COLOURS[stage % len(COLOURS)],
-            marker="osD^v"[stage % 5],
-            linestyle="none",
-            capsize=4,
-            label=f"stage {stage}",
-        )
-    axes.set(xlabel="block", ylabel="gate", ylim=(0, 1), xticks=[gate.block for gate in gates])
-    axes.legend(frameon=False, title=f"mean, and range over {gates[0].n:,} images")
-    _save(figure, out)
+    figure, axes = canvas(out)
+    axes.errorbar(
+        [gate.block for gate in gates],
+        [gate.mean for gate in gates],
+        yerr=[[gate.mean - gate.min for gate in gates], [gate.max - gate.mean for gate in gates]],
+        color=COLOURS[5],
+        marker="o",
+        linestyle="none",
+        capsize=4,
+    )
+    axes.set(xlabel="block", ylabel=f"gate: mean and range over {gates[0].n:,} images", ylim=(0, 1))
+    mark_stages(axes, gates)
+    save(figure, out)
 
 
 def plot_latencies(series: Mapping[str, Sequence[Timing]], out: Path) -> None:
@@ -74,7 +92,7 @@ def plot_latencies(series: Mapping[str, Sequence[Timing]], out: Path) -> None:
     Raises:
         ValueError: no matplotlib, or another kind of picture.
     """
-    figure, axes = _canvas(out)
+    figure, axes = canvas(out)
     names = [timing.name for timing in next(iter(series.values()))]
     for index, (label, timings) in enumerate(series.items()):
         offset = 0.6 * ((index + 0.5) / len(series) - 0.5)
@@ -85,7 +103,7 @@ def plot_latencies(series: Mapping[str, Sequence[Timing]], out: Path) -> None:
             [row + offset for row in range(len(names))],
             xerr=[below, above],
             color=COLOURS[index % len(COLOURS)],
-            marker="osD^v"[index % 5],
+            marker=MARKERS[index % len(MARKERS)],
             linestyle="none",
             capsize=3,
             label=label,
@@ -96,7 +114,7 @@ def plot_latencies(series: Mapping[str, Sequence[Timing]], out: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.legend(frameon=False)
-    _save(figure, out)
+    save(figure, out)
 
 
 def check_picture(out: Path) -> None:
@@ -105,23 +123,66 @@ def check_picture(out: Path) -> None:
     Raises:
         ValueError: no matplotlib, or another kind of picture.
     """
-    _canvas(out)
+    canvas(out)
 
 
-def _canvas(out: Path) -> tuple[Any, Any]:
+def canvas(
+    out: Path, rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0
+) -> tuple[Any, Any]:
+    """A figure, and its axes: one, or an array of them that share what they can.
+
+    Args:
+        width: Inches; so is `height`.
+    Raises:
+        ValueError: no matplotlib, or `out` is another kind of picture than .png, .svg or .pdf.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    if out.suffix not in KINDS:
+        raise ValueError(f"{out}: expected a picture named {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=columns > 1).flatten()
+    for axes in grid:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid if len(grid) > 1 else grid[0]
+
+
+def mark_stages(axes: Any, rows: Sequence[Placed], named: bool = True) -> None:
+    """Shades every second stage of an axis that counts blocks, and names them above it."""
+    blocks: dict[int, list[int]] = {}
+    for row in rows:
+        blocks.setdefault(row.stage, []).append(row.block)
+    for index, (stage, numbers) in enumerate(sorted(blocks.items())):
+        low, high = min(numbers) - 0.5, max(numbers) + 0.5
+        axes.axvspan(low, high, color="0.93" if index % 2 else "1.0", zorder=0, linewidth=0)
+        if named:
+            place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            axes.text((low + high) / 2, 1.01, f"stage {stage}", color=GREY, **place)
+    last = max(row.block for row in rows)
+    step = -(-last // 17)  # labels that do not touch
+    axes.set(xlim=(0.5, last + 0.5), xticks=range(1, last + 1, step))
+
+
+def legend_below(figure: Any, title: str | None = None) -> None:
+    """One legend for the figure, where it covers nothing."""
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title)
+
+
+def check_matplotlib() -> None:
+    """Raises ValueError where matplotlib is not installed."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueError("drawing needs matplotlib; pip install 'tamzoo[plots]'") from error
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{out}: expected a picture named .png, .svg or .pdf")
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
-def _save(figure: Any, out: Path) -> None:
-    with whole_file(out) as part:
-        figure.savefig(part, dpi=200, format=out.suffix[1:])
+def save(figure: Any, out: Path) -> None:
+    """Writes a picture at once or not at all; the same numbers give the same bytes."""
+    import matplotlib
+
+    metadata = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    with matplotlib.rc_context({"svg.hashsalt": "tamzoo"}), whole_file(out) as part:
+        figure.savefig(part, dpi=200, format=out.suffix[1:], metadata=metadata[out.suffix])

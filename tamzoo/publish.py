@@ -15,15 +15,15 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotF
 from torch import nn
 
 from tamzoo import __version__
-from tamzoo.cards import card_files
+from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import HUB_OWNER, Dataset, Entry
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import Split, load_split
 from tamzoo.evaluate import evaluate
 from tamzoo.hub import LOGIN, WEIGHTS, explain, hash_like, listing
 from tamzoo.progress import Progress, silent
-from tamzoo.records import Score, read_record
-from tamzoo.verify import ONNX, stored_golden, verify_folder
+from tamzoo.records import ANALYSIS, Score, read_record
+from tamzoo.verify import ONNX, stored_analysis, stored_golden, verify_folder
 
 TAG = f"v{__version__}"
 COLLECTION = "Tree-structured attention for image classification"
@@ -97,10 +97,11 @@ def stage(
     problems = verify_folder(entry, source)
     if problems:
         raise ValueError(f"{entry.name} cannot be published: {'; '.join(problems)}")
-    record = read_record(source / "record.json")
-    for path in (WEIGHTS, "record.json", "log.csv", *(["gates.png"] if record.gates else [])):
+    record, analysis = read_record(source / "record.json"), stored_analysis(source)
+    measured = [ANALYSIS] if analysis else []
+    for path in (WEIGHTS, "record.json", "log.csv", *measured, *pictures(record, analysis)):
         shutil.copyfile(source / path, folder / path)
-    for path, text in card_files(entry, record, stored_golden(source), owner).items():
+    for path, text in card_files(entry, record, stored_golden(source), owner, analysis).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / path, text)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

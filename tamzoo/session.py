@@ -2,15 +2,16 @@
 
 import difflib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from tamzoo.catalogue import ENTRIES, QUEUE
 from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.progress import Voice
-from tamzoo.recipes import recipe_for
+from tamzoo.recipes import Recipe, recipe_for
 from tamzoo.records import read_record
 from tamzoo.train import Run
 
@@ -25,6 +26,12 @@ class Order:
     precision: str | None = None  # None: bfloat16 on CUDA, float32 on CPUs
     resume: bool = False
     compiled: bool | None = None  # None: on CUDA
+    model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own
+
+    def recipe_on(self, tag: str) -> Recipe:
+        """The recipe's row for a data set, with this order's epochs."""
+        recipe = recipe_for(self.recipe, tag)
+        return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
 
 
 def waiting(out: Path, only: str = "*") -> list[str]:
@@ -85,9 +92,7 @@ def _train_entry(
     if order.resume and (out / "record.json").exists():
         voice.say(f"{name}: done, top-1 error {read_record(out / 'record.json').score.top1_error:.2f} %")
         return True
-    recipe = recipe_for(order.recipe, ENTRIES[name].dataset.tag)
-    if order.epochs is not None:
-        recipe = replace(recipe, epochs=order.epochs)
+    recipe = order.recipe_on(ENTRIES[name].dataset.tag)
     precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")
     run = Run(
         ENTRIES[name],
@@ -99,6 +104,7 @@ def _train_entry(
         resume=order.resume,
         compiled=order.compiled,
         world=world,
+        model_args=order.model_args,
     )
     ranks = f", {world.size} processes" if world.size > 1 else ""
     voice.say(

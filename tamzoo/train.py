@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Run:
         compiled: Whether torch.compile makes the step; by default on CUDA.
         snapshot_seconds: Between two snapshots.
         world: The processes that train together.
+        model_args: Of the model, beyond the entry's own: {"group_size": 4}.
     Raises:
         ValueError: the folder holds another run, or this one and `resume` is not set; its snapshots are
             damaged; or the data cannot be split over the ranks.
@@ -65,7 +67,9 @@ class Run:
         compiled: bool | None = None,
         snapshot_seconds: float = 60.0,
         world: World | None = None,
+        model_args: dict[str, Any] | None = None,
     ) -> None:
+        self.model_args = model_args or {}
         self.entry, self.recipe, self.seed, self.precision, self.out = entry, recipe, seed, precision, out
         self.train_split, self.test_split = train, test
         self.device = train.labels.device
@@ -82,11 +86,23 @@ class Run:
             )
         compiled = compiled if compiled is not None else self.device.type == "cuda"
         self.learner = Learner(
-            entry, recipe, seed=seed, precision=precision, compiled=compiled, world=self.world
+            entry,
+            recipe,
+            seed=seed,
+            precision=precision,
+            compiled=compiled,
+            world=self.world,
+            model_args=self.model_args,
         )
         if self.world.first:
             self.journal = Journal(
-                out, entry=entry.name, recipe=recipe, seed=seed, precision=precision, resume=resume
+                out,
+                entry=entry.name,
+                recipe=recipe,
+                seed=seed,
+                precision=precision,
+                resume=resume,
+                model_args=self.model_args,
             )
         self._losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of this epoch, by step
         # read without waiting for the device: it shows a loss of some steps before
@@ -272,6 +288,7 @@ class Run:
             sha256=sha256_of(path),
             score=evaluate(model, self.test_split, self.entry.dataset, progress=progress),
             gates=gates,
+            model_args=self.model_args,
         )
         write_whole(self.out / "record.json", record.to_json())
         keep_newest(self.out, 1)

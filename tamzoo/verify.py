@@ -9,12 +9,12 @@ import timm
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-from tamzoo.cards import card_files
+from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import ENTRIES, HUB_OWNER, Entry
 from tamzoo.checkpoint import load_weights, sha256_of, write_whole
 from tamzoo.evaluate import golden_logits
 from tamzoo.hub import WEIGHTS, explain, hash_like, listing
-from tamzoo.records import GateStats, Record, read_record
+from tamzoo.records import ANALYSIS, Analysis, GateStats, Record, read_analysis, read_record
 
 ONNX = "onnx/model.onnx"
 GOLDEN_TOLERANCE = 1e-3  # logits are of order 10; float32 kernels of other machines differ by about 1e-5
@@ -35,6 +35,11 @@ def stored_golden(folder: Path) -> list[float] | None:
         return None
 
 
+def stored_analysis(folder: Path) -> Analysis | None:
+    """Raises ValueError where the folder's file is no analysis."""
+    return read_analysis(folder / ANALYSIS) if (folder / ANALYSIS).is_file() else None
+
+
 def _apart(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True)) if len(left) == len(right) else 1e9
 
@@ -43,11 +48,13 @@ def write_cards(
     root: Path,
     entries: Iterable[Entry] = tuple(ENTRIES.values()),
     draw: Callable[[list[GateStats], Path], Any] | None = None,
+    draw_analysis: Callable[[Analysis, Path], list[Path]] | None = None,
 ) -> list[Path]:
     """(Re)writes the rendered files of every entry's folder under `root` and returns those that changed.
 
     Args:
         draw: Draws the gates into a file where a record has gates and `gates.png` is not there.
+        draw_analysis: Draws an analysis into its folder where one of its pictures is not there.
     Raises:
         ValueError: a trained entry's folder lacks its weights or record.
     """
@@ -56,12 +63,19 @@ def write_cards(
         folder = root / entry.name
         record = read_record(folder / "record.json") if entry.trained else None
         golden = _golden(entry, folder) if entry.trained else None
-        for path, text in card_files(entry, record, golden).items():
+        analysis = stored_analysis(folder)
+        for path, text in card_files(entry, record, golden, analysis=analysis).items():
             file = folder / path
             if not file.is_file() or file.read_bytes() != text.encode():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, text)
                 changed.append(file)
+        if (
+            draw_analysis
+            and analysis
+            and not all((folder / path).is_file() for path in pictures(record, analysis))
+        ):
+            changed += draw_analysis(analysis, folder)
         picture = folder / "gates.png"
         if draw and record and record.gates and not picture.exists():
             draw(record.gates, picture)
@@ -71,7 +85,7 @@ def write_cards(
 
 def verify_folder(entry: Entry, folder: Path, owner: str = HUB_OWNER) -> list[str]:
     """What is wrong with a folder that should be an entry's; empty where nothing is."""
-    record, wanted = None, ["README.md", "config.json"]
+    record, analysis, wanted = None, None, ["README.md", "config.json"]
     if entry.trained:
         wanted += [WEIGHTS, "record.json", "log.csv"]
     missing = [path for path in wanted if not (folder / path).is_file()]
@@ -80,14 +94,14 @@ def verify_folder(entry: Entry, folder: Path, owner: str = HUB_OWNER) -> list[st
     problems = []
     if entry.trained:
         try:
-            record = read_record(folder / "record.json")
+            record, analysis = read_record(folder / "record.json"), stored_analysis(folder)
         except ValueError as error:
             return [str(error)]
-        problems += _check_hashes(entry, folder, record)
-        if record.gates and not (folder / "gates.png").is_file():
-            problems.append("gates.png is missing")
+        problems += _check_hashes(entry, folder, record, analysis)
+        shown = pictures(record, analysis)
+        problems += [f"{path} is missing" for path in shown if not (folder / path).is_file()]
     golden = stored_golden(folder)
-    for path, text in card_files(entry, record, golden, owner).items():
+    for path, text in card_files(entry, record, golden, owner, analysis).items():
         file = folder / path
         if not file.is_file() or file.read_bytes() != text.encode():
             problems.append(f"{path} is not what the catalogue and the record render to")
@@ -96,10 +110,11 @@ def verify_folder(entry: Entry, folder: Path, owner: str = HUB_OWNER) -> list[st
     return problems
 
 
-def _check_hashes(entry: Entry, folder: Path, record: Record) -> list[str]:
+def _check_hashes(entry: Entry, folder: Path, record: Record, analysis: Analysis | None) -> list[str]:
     assert entry.trained is not None
     wanted, problems = entry.trained.sha256, []
-    for what, found in ((WEIGHTS, sha256_of(folder / WEIGHTS)), ("record.json", record.sha256)):
+    hashes = {WEIGHTS: sha256_of(folder / WEIGHTS), "record.json": record.sha256}
+    for what, found in (hashes | ({ANALYSIS: analysis.sha256} if analysis else {})).items():
         if found != wanted:
             problems.append(f"{what}: SHA-256 is {found[:12]}..., the catalogue says {wanted[:12]}...")
     return problems

@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg
 from tamzoo import hub
 from tamzoo.cards import card_files, config_json, eval_results, render_card
 from tamzoo.catalogue import ENTRIES
-from tamzoo.verify import stored_golden, verify_folder, write_cards
+from tamzoo.verify import stored_analysis, stored_golden, verify_folder, write_cards
 from tests.hub_server import client_validates_anywhere, running_hub
 from tests.standins import a_record, draw, stand_in
 
@@ -35,12 +35,13 @@ def test_there_is_a_folder_for_every_entry_and_no_other():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stored_card_equals_its_rendering(name):
-    record = None
+    folder, record = CARDS / name, None
     if ENTRIES[name].trained:
         from tamzoo.records import read_record
 
-        record = read_record(CARDS / name / "record.json")
-    for path, text in card_files(ENTRIES[name], record, stored_golden(CARDS / name)).items():
+        record = read_record(folder / "record.json")
+    files = card_files(ENTRIES[name], record, stored_golden(folder), analysis=stored_analysis(folder))
+    for path, text in files.items():
         assert (CARDS / name / path).read_bytes() == text.encode()
 
 

@@ -161,10 +161,10 @@ def test_a_run_that_is_there_is_not_overwritten(tmp_path):
 
 
 def test_the_commit_is_told_when_the_run_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr("tamzoo.journal._commit", lambda: "first")
+    monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "first")
     tiny_run(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["commits"] == ["first"]
-    monkeypatch.setattr("tamzoo.journal._commit", lambda: "second")
+    monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "second")
     run = tiny_run(tmp_path, resume=True, recipe=RECIPE)
     run.train()
     assert run.finish().commit == "first, second"

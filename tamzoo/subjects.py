@@ -1,0 +1,117 @@
+"""The weights that an analysis compares: entries, files, and folders of finished runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from tamzoo.catalogue import ATTENTION_NAMES, DATASETS, ENTRIES, Backbone, Dataset
+from tamzoo.checkpoint import check_finite, load_weights
+from tamzoo.hub import WEIGHTS, entry_folder, fetch_weights
+from tamzoo.journal import read_log
+from tamzoo.records import Curve, read_record
+from tamzoo.registry import MODELS, find_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Weights to be analysed, and what they are called."""
+
+    label: str
+    entry: str  # architecture.tag
+    weights: Path
+
+    @property
+    def backbone(self) -> Backbone:
+        return MODELS[self.entry.split(".")[0]][0]
+
+    @property
+    def attention(self) -> str:
+        return MODELS[self.entry.split(".")[0]][1]
+
+    @property
+    def dataset(self) -> Dataset:
+        return DATASETS[self.entry.split(".")[1]]
+
+    def load(self) -> nn.Module:
+        """The model in eval mode, channels last.
+
+        Raises:
+            ValueError: the weights are not of this architecture, or not finite.
+        """
+        record = self.weights.parent / "record.json"
+        arguments = read_record(record).model_args if record.is_file() else {}
+        model = timm.create_model(self.entry, **arguments).eval()
+        load_weights(model, self.weights, self.entry)
+        check_finite(model.state_dict(), str(self.weights))
+        return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def curve(self) -> list[Curve]:
+        """The test error of the run that made the weights, where its log lies beside them."""
+        if not (self.weights.parent / "log.csv").is_file():
+            return []
+        errors = [row["test_top1_error"] for row in read_log(self.weights.parent)]
+        return [Curve(model=self.label, top1_errors=errors)]
+
+
+def subject(given: str, weights: Path | None = None) -> Subject:
+    """What a name, or the folder of a finished run, means.
+
+    Args:
+        given: An entry, a model (then with `weights`), or a folder that holds weights and record.
+        weights: In place of the entry's own.
+    Raises:
+        ValueError: no such entry or folder, or a folder without a finished run.
+        RuntimeError, OSError: as `fetch_weights`.
+    """
+    folder = Path(given)
+    if weights is None and folder.is_dir():
+        if not ((folder / WEIGHTS).is_file() and (folder / "record.json").is_file()):
+            raise ValueError(f"{folder}: expected a finished run with {WEIGHTS} and record.json")
+        entry = read_record(folder / "record.json").entry
+        return Subject(label=folder.resolve().name, entry=entry, weights=folder / WEIGHTS)
+    name = find_model(given)
+    if "." not in name:
+        cfg = get_pretrained_cfg(name)
+        assert cfg is not None
+        name = f"{name}.{cfg.tag}"
+    if weights is None:
+        if name not in ENTRIES:
+            raise ValueError(
+                f"{name} is no entry of the catalogue and has no weights. All names: tamzoo list"
+            )
+        weights = fetch_weights(ENTRIES[name])
+    return Subject(label=name, entry=name, weights=weights)
+
+
+def known_peers(main: Subject) -> list[Subject]:
+    """The trained entries of the same backbone and data set whose weights are in the clone or wheel."""
+    names = [f"{main.backbone.name}_{attention}.{main.dataset.tag}" for attention in ATTENTION_NAMES]
+    folders = {name: entry_folder(name) for name in names if name != main.entry}
+    return [
+        Subject(label=name, entry=name, weights=folder / WEIGHTS)
+        for name, folder in folders.items()
+        if folder
+    ]
+
+
+def check_peers(main: Subject, peers: Sequence[Subject]) -> None:
+    """Sees that peers can be shown beside a model.
+
+    Raises:
+        ValueError: the model has no TAM gates; a peer is of another backbone or data set; two share a label.
+    """
+    if main.attention != "tam":
+        raise ValueError(f"{main.label} has no TAM gates; expected a model named *_tam")
+    for peer in peers:
+        if (peer.backbone, peer.dataset) != (main.backbone, main.dataset):
+            raise ValueError(
+                f"peer {peer.label} is a {peer.entry}; expected the backbone and data set of {main.entry}"
+            )
+    labels = [subject.label for subject in (main, *peers)]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(f"two of the models are called {twice.pop()}; rename the folder of a run")
