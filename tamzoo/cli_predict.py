@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from tamzoo.predict import Classifier
 
+    Load = Callable[[int], Classifier]  # from a number of threads, 0 for the runtime's own choice
+
 Triple = tuple[float, float, float]
 
 
@@ -49,7 +51,7 @@ def predict(
         raise ValueError("--mean, --std and --labels are for an ONNX file; pass --onnx FILE too")
     load = partial(_onnx, onnx, mean, std, labels) if onnx else partial(_torch, model, weights)
     if out is None:
-        _print_answers([Path(path) for path in images], load(0), top, as_json)
+        _print_answers(images, load, top, as_json)
     else:
         _run_job(images, out, load, top=top, batch=batch, column=column, ray=ray)
 
@@ -73,12 +75,12 @@ def _torch(name: str, weights: Path | None, threads: int) -> Classifier:
     return torch_classifier(reparameterize_model(load_model(name, weights)[0]))
 
 
-def _print_answers(paths: list[Path], classifier: Classifier, top: int, as_json: bool) -> None:
+def _print_answers(given: list[str], load: Load, top: int, as_json: bool) -> None:
     from tamzoo.images import picture_paths
     from tamzoo.predict import predict as classify
 
-    paths = picture_paths(paths)
-    answers = classify(classifier, paths, top, bar)
+    paths = picture_paths(map(Path, given))
+    answers = classify(load(0), paths, top, bar)
     if as_json:
         found = [
             {"image": str(path), "top": [{"label": label, "probability": p} for label, p in answer]}
@@ -93,7 +95,7 @@ def _print_answers(paths: list[Path], classifier: Classifier, top: int, as_json:
 def _run_job(
     given: list[str],
     out: Path,
-    load: Callable[[int], Classifier],
+    load: Load,
     *,
     top: int,
     batch: int,

@@ -5,7 +5,6 @@ python tests/batch_runs.py FOLDER KILLS SEED
 
 import os
 import random
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ import tamzoo.parts
 from tamzoo.answers import Here, answer
 from tamzoo.batch import Job, run_job
 from tests.colours import colour_classifier, coloured, expect_colours
-from tests.tiny_runs import in_a_fork
+from tests.tiny_runs import in_a_fork, killed_in_a_fork
 
 PICTURES, SHARD_ROWS = 300, 340
 tamzoo.parts.PART_ROWS = 16
@@ -59,16 +58,9 @@ def main(folder: Path, kills: int, seed: int) -> None:
     while killed < kills:
         out = folder / f"killed-{series}.parquet"
         while True:
-            pid = in_a_fork(lambda out=out: predict(given, out))
             delay = chance.uniform(0.0, 0.7 * seconds) if killed < kills else float("inf")
-            began = time.monotonic()
-            while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() - began < delay:
-                time.sleep(0.001)
-            if ended[0]:
-                assert ended[1] == 0, "a job that goes on failed"
+            if not killed_in_a_fork(lambda out=out: predict(given, out), delay):
                 break
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
             killed += 1
             print(f"kill {killed} after {delay:.3f} s, rows kept: {rows_kept(out)}")
         outputs.append(out)
