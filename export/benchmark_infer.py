@@ -107,11 +107,7 @@ def _trained(name: str) -> bool:
 
 
 def prepare(backbone: str, tag: str, chosen: Iterable[str], threads: int) -> Contest:
-    """Exports and opens what was chosen of PROGRAMS, and the plain one.
-
-    Raises:
-        RuntimeError: all gates were folded, yet the graph is not the plain one.
-    """
+    """Exports and opens what was chosen of PROGRAMS, and the plain one; errors as `describe`."""
     dataset, chosen = DATASETS[tag], {"plain", *chosen}
     pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
     few, tam = pixels[:32], f"{backbone}_tam.{tag}"
@@ -134,13 +130,23 @@ def prepare(backbone: str, tag: str, chosen: Iterable[str], threads: int) -> Con
         for program, file in files.items():
             if file.exists():  # spinning threads of one session would slow down the next one's
                 programs[program] = runner(open_session(file, threads, spin=False))
-        told = _told(tam, report_of(folded), operators_of(files["plain"]), operators_of(files["TAM folded"]))
+        told = describe(
+            tam, report_of(folded), operators_of(files["plain"]), operators_of(files["TAM folded"])
+        )
     folded.to(memory_format=torch.channels_last)
     chosen_programs = {program: programs[program] for program in PROGRAMS if program in chosen}
     return Contest(backbone=backbone, told=told, programs=chosen_programs)
 
 
-def _told(tam: str, report: FoldReport, plain: dict[str, int], folded: dict[str, int]) -> str:
+def describe(tam: str, report: FoldReport, plain: dict[str, int], folded: dict[str, int]) -> str:
+    """Weights, gates and operators of a folded model.
+
+    Args:
+        plain: How many operators of each kind the plain graph has.
+        folded: The same of the folded one.
+    Raises:
+        RuntimeError: all gates were folded, yet the two differ.
+    """
     if not report.kept and plain != folded:
         raise RuntimeError(f"{tam}: folded, its operators are {folded}, those of the plain graph are {plain}")
     counts = ", ".join(f"{count} {operator}" for operator, count in folded.items())

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from export import benchmark, benchmark_infer
-from export.benchmark_infer import check_load, markdown
+from export import benchmark
+from export.benchmark_infer import check_load, describe, markdown
+from tamzoo.fold import FoldReport
 from tamzoo.records import Timing
 
 
@@ -47,11 +48,14 @@ def test_programs_are_compared_in_one_run_and_reported(command, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_graphs_that_differ_after_folding_all_gates_are_an_error(monkeypatch, command):
-    counts = iter([{"Conv": 1}, {"Conv": 1, "Sigmoid": 1}])
-    monkeypatch.setattr(benchmark_infer, "operators_of", lambda path: next(counts))
-    code, _, err = command("--model", "resnet20", "--programs", "plain")
-    assert code == 2 and "those of the plain graph are {'Conv': 1}" in err
+def test_graphs_that_differ_after_folding_all_gates_are_an_error():
+    plain, folded = {"Conv": 1}, {"Conv": 1, "Sigmoid": 1}
+    all_folded = FoldReport(folded={"a.se": 0.5}, kept={}, tolerance=1e-4)
+    with pytest.raises(RuntimeError, match="those of the plain graph are {'Conv': 1}"):
+        describe("resnet20_tam.cifar10", all_folded, plain, folded)
+    some_kept = FoldReport(folded={"a.se": 0.5}, kept={"b.se": "moves"}, tolerance=1e-4)
+    told = describe("wrn10_4_tam.cifar10", some_kept, plain, folded)
+    assert told == "trained weights, 1 of 2 gates folded. Operators of the folded graph: 1 Conv, 1 Sigmoid"
 
 
 def test_a_busy_machine_is_refused_unless_forced(monkeypatch, command):

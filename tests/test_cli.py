@@ -64,6 +64,15 @@ def test_an_exported_file_predicts_what_the_model_predicts(tamzoo, weights, tmp_
         assert a["probability"] == pytest.approx(b["probability"], abs=1e-3)
 
 
+def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
+    for suffix in ("safetensors", "pt2"):
+        path = tmp_path / f"model.{suffix}"
+        code, out, err = tamzoo("export", "wrn10_4_tam.cifar10", "-o", path)
+        assert code == 0 and "3 of 3 gates folded" in out and "same top-1 on 256" in out, err
+        assert path.is_file()
+    refused(tamzoo("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.h5"), "a file named .onnx, .safeten")
+
+
 def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
     arguments = ("gates", "resnet20_tam.cifar10", "--weights", weights, "--images", 8)
     code, out, _ = tamzoo(*arguments, "--json")

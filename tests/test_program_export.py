@@ -69,7 +69,7 @@ def test_a_program_file_holds_no_pickle_that_could_run_code(made, tmp_path):
     torch.load(io.BytesIO(archive.read(sample)), weights_only=True)
 
 
-@pytest.mark.parametrize("suffix", EXPORTERS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2"])
 def test_a_file_that_disagrees_is_not_written(made, tmp_path, suffix):
     wrong = torch.nn.Sequential(made.reference, torch.nn.Hardtanh(-1, 1)).eval()
     with pytest.raises(ValueError, match="is not written, the export disagrees with the model"):

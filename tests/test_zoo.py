@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,8 @@ def test_every_format_is_written_and_measured(exported):
         size = (folder / DEMO_ENTRY / row["file"]).stat().st_size
         assert float(row["size_mb"]) == pytest.approx(size / 1e6, abs=1e-3)
         assert float(row["accuracy"]) == pytest.approx(100 - float(row["lost"]), abs=2e-3)
-        assert float(row["agreement"]) == float(row["accuracy"]), "the labels are torch's own answers"
+        # the labels are torch's own answers; 1: logits in int8 can be equal, and which is first is open
+        assert float(row["agreement"]) == pytest.approx(float(row["accuracy"]), abs=1)
         least = {"onnx int8": 90, "onnx float16": 99}.get(row["format"], 100)
         assert float(row["accuracy"]) >= least
     sizes = [float(row["size_mb"]) for row in rows[:3]]
@@ -67,6 +69,16 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(exported):
     untrained = [row["error"] for row in rows if row["entry"] == "resnet18_tam.cifar10"]
     assert len(untrained) == 1 + len(zoo.FORMATS)
     assert all("resnet18_tam.cifar10 has no trained weights yet" in error for error in untrained)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("TAMZOO_DATA"), reason="needs TAMZOO_DATA with CIFAR-10")
+def test_int8_loses_at_most_a_third_of_a_point_on_the_real_test_split(tmp_path):
+    rows = zoo.export_zoo([ENTRY], tmp_path, None, rounds=1)
+    lost = {row.format: row.lost for row in rows if row.lost is not None}
+    assert len(lost) == len(zoo.FORMATS)
+    assert lost.pop("onnx int8") <= 0.3 and lost.pop("onnx float16") <= 0.1
+    assert all(abs(points) <= 0.02 for points in lost.values()), "two images may change sides by rounding"
 
 
 @pytest.fixture
