@@ -13,10 +13,10 @@ from tamzoo.backbones import GatedBlock
 from tamzoo.checkpoint import sha256_of
 from tamzoo.data import Split
 from tamzoo.evaluate import normalised
+from tamzoo.findings import Analysis, Pass, Spread
 from tamzoo.gates import measure_gates
 from tamzoo.journal import commit_here, hardware, versions
 from tamzoo.progress import Progress, silent
-from tamzoo.records import Analysis, Pass, Spread
 from tamzoo.spreads import watched_gates
 from tamzoo.studies import (
     Batches,

@@ -25,8 +25,8 @@ FIGURES = {  # name of the picture -> what it shows
     "or channels (SE, CBAM channel); at most 1e-12 is no variance to float32 (as the paper's Figure 3)",
     "gates": "Mean and range of every gate",
     "lesions": "Errors with one gate at a time replaced by 1 (as the paper's Figure 4b)",
-    "straightened": "Accuracy as the PReLUs of the gates' trees are set to slope 1 one after another, "
-    "that of the mean slope nearest to 1 first (as the paper's Figure 5a)",
+    "straightened": "Accuracy as the PReLUs of the gates' trees are set to slope 1 in turn, that of "
+    "the mean slope nearest to 1 first (as the paper's Figure 5a); below, what it does to the logits",
     "weights": "Variance of the convolution weights in each residual branch (as the paper's Figure 5b)",
     "curves": "Test error after each epoch (as the paper's Figure 6)",
 }

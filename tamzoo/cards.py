@@ -16,7 +16,8 @@ from tamzoo.card_texts import (
     UNTRAINED,
 )
 from tamzoo.catalogue import HUB_OWNER, PAPER_TITLE, Entry
-from tamzoo.records import Analysis, GateStats, Record
+from tamzoo.findings import Analysis
+from tamzoo.records import GateStats, Record
 
 
 def render_card(

@@ -26,6 +26,7 @@ for command in (
     cli_hub.verify,
 ):
     app.command()(command)
+app.add_typer(cli_train.sweep, name="sweep")
 
 
 @app.callback()

@@ -10,7 +10,7 @@ import typer
 from tamzoo.terminal import Data, Name, Weights, bar, table
 
 if TYPE_CHECKING:
-    from tamzoo.records import Analysis
+    from tamzoo.findings import Analysis
 
 
 def analyze(
@@ -28,9 +28,9 @@ def analyze(
     from tamzoo.analysis import analyse
     from tamzoo.checkpoint import write_whole
     from tamzoo.data import Split, data_directory, load_split
+    from tamzoo.findings import ANALYSIS
     from tamzoo.plots import check_matplotlib
     from tamzoo.plots_analysis import plot_analysis
-    from tamzoo.records import ANALYSIS
     from tamzoo.subjects import check_peers, known_peers, subject
 
     check_matplotlib()

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tamzoo.terminal import Data, RunBar, bar
+
+if TYPE_CHECKING:
+    from tamzoo.distributed import World
+    from tamzoo.progress import Voice
+
+Epochs = Annotated[int | None, typer.Option(help="In place of the recipe's.")]
+Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: by device).")]
+Budget = Annotated[float, typer.Option(help="Seconds; a later call goes on.")]
+Compile = Annotated[bool | None, typer.Option(help="torch.compile (default: on CUDA).")]
+sweep = typer.Typer(no_args_is_help=True, help="Train one model with several values of a setting.")
 
 
 def train(
@@ -15,18 +27,16 @@ def train(
     name: Annotated[str | None, typer.Argument(help="Entry, for instance resnet18_tam.cifar10.")] = None,
     data: Data = None,
     recipe: Annotated[str, typer.Option(help="Recipe row.")] = "short",
-    epochs: Annotated[int | None, typer.Option(help="In place of the recipe's.")] = None,
+    epochs: Epochs = None,
     seed: int = 0,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: by device).")] = None,
-    time_budget: Annotated[float, typer.Option(help="Seconds; a later call goes on.")] = float("inf"),
+    precision: Precision = None,
+    time_budget: Budget = float("inf"),
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, or start it.")] = False,
     queue: Annotated[bool, typer.Option(help="The next entries without weights, each resumed.")] = False,
     only: Annotated[str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.*'.")] = "*",
-    compile: Annotated[bool | None, typer.Option(help="torch.compile (default: on CUDA).")] = None,
+    compile: Compile = None,
 ) -> None:
     """Train an entry or the queue; under torchrun, on several processes."""
-    from tamzoo.distributed import join
-    from tamzoo.progress import SILENT, Voice
     from tamzoo.session import Order, train_entries, waiting
 
     if (name is None) != queue:
@@ -35,11 +45,50 @@ def train(
     order = Order(
         recipe=recipe, epochs=epochs, seed=seed, precision=precision, resume=resume or queue, compiled=compile
     )
+    with _session() as (world, voice):
+        train_entries(folders, order, data, time_budget, world, voice)
+
+
+@sweep.command()
+def group_size(
+    out: Annotated[Path, typer.Option(help="Folder of the runs, of sweep.json and of the pictures.")],
+    sizes: Annotated[list[int] | None, typer.Argument(help="Default: 2 4 8 16 32 64.", min=2)] = None,
+    model: Annotated[str, typer.Option(help="Backbone, for instance resnet20.")] = "resnet20",
+    tag: Annotated[str, typer.Option(help="Data set.")] = "cifar10",
+    data: Data = None,
+    recipe: Annotated[str, typer.Option(help="Recipe row.")] = "short",
+    epochs: Epochs = None,
+    seed: int = 0,
+    precision: Precision = None,
+    time_budget: Budget = float("inf"),
+    compile: Compile = None,
+) -> None:
+    """Train TAM once a group size and draw the errors (the paper's Figure 2); ended runs are not repeated."""
+    from tamzoo.plots import check_matplotlib
+    from tamzoo.plots_analysis import plot_sweep
+    from tamzoo.session import Order
+    from tamzoo.sweep import GROUP_SIZES, sweep_group_sizes
+
+    check_matplotlib()
+    order = Order(recipe=recipe, epochs=epochs, seed=seed, precision=precision, compiled=compile)
+    name = f"{model}_tam.{tag}"
+    with _session() as (world, voice):
+        found = sweep_group_sizes(name, sizes or GROUP_SIZES, order, data, out, time_budget, world, voice)
+        for path in (out / "sweep.png", out / "sweep.svg") if found else ():
+            plot_sweep(found, path)
+            voice.say(str(path))
+
+
+@contextmanager
+def _session() -> Iterator[tuple[World, Voice]]:
+    """The processes that train together, and how the first of them speaks."""
+    from tamzoo.distributed import join
+    from tamzoo.progress import SILENT, Voice
+
     live = RunBar()
     with join() as world:
-        voice = Voice(say=live.say, bar=bar, watch=live.watch) if world.first else SILENT
         try:
-            train_entries(folders, order, data, time_budget, world, voice)
+            yield world, Voice(say=live.say, bar=bar, watch=live.watch) if world.first else SILENT
         finally:
             live.close()
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tamzoo.checkpoint import whole_file
+from tamzoo.findings import Curve
 from tamzoo.journal import read_log
-from tamzoo.records import Curve, GateStats, Timing
+from tamzoo.records import GateStats, Timing
 
 # Okabe & Ito's palette, told apart with any colour vision; dashes and markers tell lines apart in grey print
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")

@@ -5,6 +5,7 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
+from tamzoo.findings import Analysis, Spread, SweptSize
 from tamzoo.plots import (
     COLOURS,
     DASHES,
@@ -17,7 +18,6 @@ from tamzoo.plots import (
     plot_gates,
     save,
 )
-from tamzoo.records import Analysis, Spread
 from tamzoo.spreads import BINS_A_DECADE, MEAN_BINS
 
 FLAT_ROW = -14  # where the decimal logarithm of a variance of at most 1e-12 is drawn
@@ -32,9 +32,13 @@ def plot_spreads(spreads: Sequence[Spread], out: Path) -> None:
     panels = {(row.model, row.kind): [] for row in spreads}
     for row in spreads:
         panels[row.model, row.kind].append(row)
-    figure, grid = canvas(out, columns=len(panels), width=2.6 + 2.7 * len(panels))
-    grid = [grid] if len(panels) == 1 else grid
-    for axes, ((model, kind), rows) in zip(grid, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    height = -(-len(panels) // columns)
+    figure, found = canvas(out, rows=height, columns=columns, height=0.8 + 3.2 * height)
+    grid = [found] if len(panels) == 1 else list(found)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, ((model, kind), rows) in zip(grid, panels.items(), strict=False):
         for row in rows:
             axes.scatter(
                 [(mean + 0.5) / MEAN_BINS for mean, _, _ in row.cells],
@@ -48,12 +52,15 @@ def plot_spreads(spreads: Sequence[Spread], out: Path) -> None:
         axes.axhline((FLAT_ROW - 12) / 2, color=GREY, linewidth=0.8, linestyle=":")
         several = [same for _, same in panels].count(kind) > 1
         axes.set_title(f"{kind}\n{model}" if several else kind)
-        axes.set(xlabel=f"mean over {'channels' if rows[0].over_channels else 'positions'}", xlim=(0, 1))
+        axes.set(
+            xlabel=f"mean over {'channels' if rows[0].over_channels else 'positions'}", xlim=(-0.02, 1.02)
+        )
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", "", "0.5", "", "1"))
+        axes.tick_params(labelbottom=True)
         axes.set(ylim=(FLAT_ROW - 0.8, 0), yticks=[FLAT_ROW, *range(-12, 1, 2)])
         axes.set_yticklabels(["$\\leq 10^{-12}$", *(f"$10^{{{power}}}$" for power in range(-12, 1, 2))])
-    grid[0].set_ylabel("variance within an image")
-    for axes in grid[1:]:
-        axes.tick_params(labelleft=False)
+    for axes in grid[::columns]:
+        axes.set_ylabel("variance within an image")
     _spread_legend(figure, grid[0], sorted({row.stage for row in spreads}), spreads[0].n)
     save(figure, out)
 
@@ -77,7 +84,7 @@ def _spread_legend(figure: Any, axes: Any, stages: Sequence[int], n: int) -> Non
         )
         for count in counts
     ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(stages), frameon=False)
 
 
 def plot_lesions(analysis: Analysis, out: Path) -> None:
@@ -101,25 +108,48 @@ def plot_lesions(analysis: Analysis, out: Path) -> None:
 
 
 def plot_straightened(analysis: Analysis, out: Path) -> None:
-    """Draws the accuracy as PReLU layers are set to slope 1, nearest mean slope first (as Figure 5a)."""
-    figure, axes = canvas(out)
+    """Draws accuracy and change of logits as PReLUs get slope 1, nearest mean slope first (as Figure 5a)."""
+    figure, (upper, lower) = canvas(out, rows=2)
     steps = analysis.straightened
-    accuracies = [100 - analysis.top1_error, *(100 - row.top1_error for row in steps)]
-    axes.plot(range(len(accuracies)), accuracies, color=GREY, linewidth=1)
-    axes.plot(0, accuracies[0], marker="o", color=COLOURS[0], linestyle="none", label="as trained")
-    for stage in sorted({row.stage for row in steps}):
-        chosen = [index for index, row in enumerate(steps, start=1) if row.stage == stage]
-        axes.plot(
-            chosen,
-            [accuracies[index] for index in chosen],
-            color=COLOURS[stage % len(COLOURS)],
-            marker=MARKERS[stage % len(MARKERS)],
-            linestyle="none",
-            label=f"PReLU of stage {stage}",
-        )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="PReLU layers set to slope 1", ylabel="top-1 accuracy (%)", ylim=(0, 100))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for axes, values in (
+        (upper, [100 - analysis.top1_error, *(100 - row.top1_error for row in steps)]),
+        (lower, [0.0, *(row.logit_change for row in steps)]),
+    ):
+        axes.plot(range(len(values)), values, color=GREY, linewidth=1)
+        axes.plot(0, values[0], marker="o", color=COLOURS[0], linestyle="none", label="as trained")
+        for stage in sorted({row.stage for row in steps}):
+            chosen = [index for index, row in enumerate(steps, start=1) if row.stage == stage]
+            axes.plot(
+                chosen,
+                [values[index] for index in chosen],
+                color=COLOURS[stage % len(COLOURS)],
+                marker=MARKERS[stage % len(MARKERS)],
+                linestyle="none",
+                label=f"PReLU of stage {stage}",
+            )
+    upper.set(ylabel="top-1 accuracy (%)", ylim=(0, 100))
+    lower.set(xlabel="PReLU layers set to slope 1", ylabel="largest change\nof a logit")
+    lower.margins(y=0.15)
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    upper.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, out)
+
+
+def plot_sweep(sizes: Sequence[SweptSize], out: Path) -> None:
+    """Draws the errors against the group size (as the paper's Figure 2)."""
+    figure, (upper, lower) = canvas(out, rows=2)
+    groups = [row.group_size for row in sizes]
+    for axes, name, errors in (
+        (upper, "top-1", [row.top1_error for row in sizes]),
+        (lower, "top-5", [row.top5_error for row in sizes]),
+    ):
+        axes.plot(groups, errors, "o-", color=COLOURS[5])
+        axes.set(ylabel=f"{name} error (%)", xscale="log")
+        axes.margins(y=0.15)
+    lower.set_xticks(groups, [str(group) for group in groups])
+    lower.minorticks_off()
+    lower.set_xlabel("group size g")
+    upper.set_title(f"{sizes[0].entry}, {sizes[0].epochs} epochs, last epoch, seed {sizes[0].seed}")
     save(figure, out)
 
 

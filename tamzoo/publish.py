@@ -20,9 +20,10 @@ from tamzoo.catalogue import HUB_OWNER, Dataset, Entry
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import Split, load_split
 from tamzoo.evaluate import evaluate
+from tamzoo.findings import ANALYSIS
 from tamzoo.hub import LOGIN, WEIGHTS, explain, hash_like, listing
 from tamzoo.progress import Progress, silent
-from tamzoo.records import ANALYSIS, Score, read_record
+from tamzoo.records import Score, read_record
 from tamzoo.verify import ONNX, stored_analysis, stored_golden, verify_folder
 
 TAG = f"v{__version__}"

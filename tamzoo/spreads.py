@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tamzoo.attention import TAM
 from tamzoo.backbones import GatedBlock
+from tamzoo.findings import Spread
 from tamzoo.gates import stage_of
-from tamzoo.records import Spread
 
 FLAT = 1e-12  # the variance of a gate that moves by a few units in the last place of float32 lies below
 MEAN_BINS = 100  # of equal width in [0, 1]

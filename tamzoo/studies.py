@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tamzoo.backbones import GatedBlock
+from tamzoo.findings import Lesion, Straightened, WeightVariance
 from tamzoo.gates import gates_of, stage_of
-from tamzoo.records import Lesion, Straightened, WeightVariance
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (n, c, h, w) normalised, and (n,) int64 labels
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from tamzoo.catalogue import ATTENTION_NAMES, DATASETS, ENTRIES, Backbone, Dataset
 from tamzoo.checkpoint import check_finite, load_weights
+from tamzoo.findings import Curve
 from tamzoo.hub import WEIGHTS, entry_folder, fetch_weights
 from tamzoo.journal import read_log
-from tamzoo.records import Curve, read_record
+from tamzoo.records import read_record
 from tamzoo.registry import MODELS, find_model
 
 

@@ -13,8 +13,9 @@ from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import ENTRIES, HUB_OWNER, Entry
 from tamzoo.checkpoint import load_weights, sha256_of, write_whole
 from tamzoo.evaluate import golden_logits
+from tamzoo.findings import ANALYSIS, Analysis, read_analysis
 from tamzoo.hub import WEIGHTS, explain, hash_like, listing
-from tamzoo.records import ANALYSIS, Analysis, GateStats, Record, read_analysis, read_record
+from tamzoo.records import GateStats, Record, read_record
 
 ONNX = "onnx/model.onnx"
 GOLDEN_TOLERANCE = 1e-3  # logits are of order 10; float32 kernels of other machines differ by about 1e-5

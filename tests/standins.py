@@ -31,7 +31,7 @@ GATE = GateStats(
 
 
 def draw(gates: list[GateStats], path: Path) -> None:
-    Image.new("RGB", (4, len(gates))).save(path)
+    Image.new("RGB", (4, max(len(gates), 1))).save(path)
 
 
 def a_record(entry: Entry, sha256: str = "0" * 64, recipe: str = "short") -> Record:

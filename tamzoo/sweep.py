@@ -1,0 +1,101 @@
+"""One training run a group size (paper, Figure 2)."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import timm
+import torch
+
+from tamzoo.catalogue import ENTRIES
+from tamzoo.checkpoint import write_whole
+from tamzoo.distributed import World
+from tamzoo.findings import SweptSize
+from tamzoo.gates import gates_of
+from tamzoo.progress import Voice
+from tamzoo.records import Record, read_record
+from tamzoo.session import Order, train_entries
+
+GROUP_SIZES = (2, 4, 8, 16, 32, 64)  # of the paper
+
+
+def sweep_group_sizes(
+    name: str,
+    sizes: Sequence[int],
+    order: Order,
+    data: Path | None,
+    out: Path,
+    time_budget: float,
+    world: World,
+    voice: Voice,
+) -> list[SweptSize]:
+    """Trains an entry once a group size; runs that ended are not repeated, others go on.
+
+    Where a group size does not divide a gate's channels, that gate's tree is one convolution over them all.
+
+    Args:
+        name: An entry with TAM.
+        sizes: Each at least 2.
+        order: The same for all runs.
+        out: Holds a folder for each run, `group_size_2` and so on, and `sweep.json`.
+        time_budget: Seconds of wall time, from now.
+    Returns:
+        The runs that have ended, by group size.
+    Raises:
+        ValueError: no such entry, a group size below 2, or a folder that holds another run.
+    """
+    if name not in ENTRIES or ENTRIES[name].attention != "tam":
+        raise ValueError(f"{name}: expected an entry with TAM. All names: tamzoo list '*_tam.*'")
+    started, found = time.monotonic(), []
+    for size in sorted(set(sizes)):
+        folder, ordered = out / f"group_size_{size}", replace(order, model_args={"group_size": size})
+        gates, single = _trees(name, size)
+        voice.say(f"group size {size}: {single} of {gates} trees are one convolution over all channels")
+        _check_ended(folder, name, ordered)
+        left = time_budget - (time.monotonic() - started)
+        if not train_entries({name: folder}, replace(ordered, resume=True), data, left, world, voice):
+            break
+        if world.first:
+            found.append(_swept(read_record(folder / "record.json"), size, gates, single))
+            write_whole(out / "sweep.json", json.dumps([asdict(row) for row in found], indent=2) + "\n")
+    return found
+
+
+def _trees(name: str, size: int) -> tuple[int, int]:
+    """How many gates the entry has, and how many of their trees are one convolution."""
+    with torch.device("meta"):
+        gates = gates_of(timm.create_model(name, group_size=size)).values()
+    return len(gates), sum(len(gate.tree) == 1 for gate in gates)
+
+
+def _check_ended(folder: Path, name: str, order: Order) -> None:
+    """Sees that a run that has ended is the one ordered; `Run` itself looks at those that have not."""
+    path = folder / "record.json"
+    if not path.is_file():
+        return
+    record = read_record(path)
+    recipe = json.loads(json.dumps(asdict(order.recipe_on(ENTRIES[name].dataset.tag))))  # tuples become lists
+    wanted = {"entry": name, "seed": order.seed, "recipe": recipe, "model_args": order.model_args}
+    for key, value in wanted.items():
+        if getattr(record, key) != value:
+            raise ValueError(f"{folder} holds another run (its {key} differs); choose another --out")
+    if order.precision not in (None, record.precision):
+        raise ValueError(f"{folder} holds another run (its precision differs); choose another --out")
+
+
+def _swept(record: Record, size: int, gates: int, single: int) -> SweptSize:
+    return SweptSize(
+        group_size=size,
+        entry=record.entry,
+        recipe=record.recipe["name"],
+        epochs=record.epochs,
+        seed=record.seed,
+        n=record.score.n,
+        top1_error=record.score.top1_error,
+        top5_error=record.score.top5_error,
+        gates=gates,
+        single=single,
+        sha256=record.sha256,
+    )

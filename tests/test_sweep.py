@@ -1,0 +1,111 @@
+"""One run a group size: each says its own, none is trained twice, none is mistaken for another."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tamzoo.checkpoint import sha256_of
+from tamzoo.distributed import World
+from tamzoo.findings import SweptSize
+from tamzoo.gates import gates_of
+from tamzoo.progress import Voice
+from tamzoo.records import read_record
+from tamzoo.session import Order
+from tamzoo.subjects import subject
+from tamzoo.sweep import sweep_group_sizes
+from tests.tiny_runs import random_split
+
+NAME = "resnet20_tam.cifar10"
+ORDER = Order(recipe="short-cpu", epochs=1)
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Sweeps on twenty random images: what was found, and what was said."""
+    monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(20, 0))
+
+    def run(*sizes, order=ORDER, budget=math.inf, name=NAME):
+        said = []
+        world, voice = World(device=torch.device("cpu")), Voice(say=said.append)
+        found = sweep_group_sizes(name, sizes, order, tmp_path, tmp_path / "out", budget, world, voice)
+        return found, said
+
+    return run
+
+
+def test_every_run_has_its_group_size_and_says_it(sweep, tmp_path):
+    found, said = sweep(32, 2)
+    assert [row.group_size for row in found] == [2, 32]
+    for row in found:
+        folder = tmp_path / "out" / f"group_size_{row.group_size}"
+        for name in ("run.json", "record.json"):
+            assert json.loads((folder / name).read_text())["model_args"] == {"group_size": row.group_size}
+        score = read_record(folder / "record.json").score
+        assert (row.top1_error, row.top5_error, row.n) == (score.top1_error, score.top5_error, 20)
+        assert row.sha256 == sha256_of(folder / "model.safetensors")
+        gates = gates_of(subject(str(folder)).load()).values()
+        assert {gate.group_size for gate in gates} == {row.group_size}
+    stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [SweptSize(**row) for row in stored] == found
+    # 32 exceeds the first stage's 16 channels, equals the second's 32 and halves the third's 64
+    assert (found[1].gates, found[1].single, found[0].single) == (9, 6, 0)
+    assert "group size 32: 6 of 9 trees are one convolution over all channels" in said
+
+
+def test_runs_that_ended_are_not_repeated_and_others_go_on(sweep, tmp_path):
+    sweep(2)
+    weights = tmp_path / "out" / "group_size_2" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert sweep(2, 4, budget=0.0)[0] == []  # no time even to look
+    found, said = sweep(2, 4)
+    assert [row.group_size for row in found] == [2, 4] and weights.stat().st_mtime_ns == before
+    assert any(line.startswith(f"{NAME}: done") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"epochs": 2}, "its recipe differs"),
+        ({"seed": 1}, "its seed"),
+        ({"precision": "bfloat16"}, "its precision"),
+    ],
+)
+def test_a_run_of_another_order_is_not_counted(sweep, change, told):
+    sweep(2)
+    with pytest.raises(ValueError, match=rf"group_size_2 holds another run \({told}.*choose another --out"):
+        sweep(2, order=replace(ORDER, **change))
+
+
+def test_what_cannot_be_swept_is_refused(sweep):
+    with pytest.raises(ValueError, match="resnet18_se.cifar10: expected an entry with TAM"):
+        sweep(2, name="resnet18_se.cifar10")
+    with pytest.raises(ValueError, match="group_size must be an integer of at least 2, got 1"):
+        sweep(1)
+
+
+def test_the_command_draws_error_against_group_size(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from typer.testing import CliRunner
+
+    from tamzoo.cli import app
+
+    monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(20, 0))
+    options = [
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--recipe",
+        "short-cpu",
+        "--epochs",
+        "1",
+    ]
+    found = CliRunner().invoke(app, ["sweep", "group-size", "8", "2", *options])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "sweep.svg").is_file()
+    found = CliRunner().invoke(app, ["sweep", "group-size", "1", *options])
+    assert found.exit_code == 2
