@@ -18,7 +18,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from export import benchmark_infer
 from tamzoo.attention import TAM
+from tamzoo.terminal import one_sentence
 
 VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -125,9 +127,22 @@ def train(options: argparse.Namespace) -> list[tuple]:
     return rows
 
 
+def print_training(options: argparse.Namespace) -> None:
+    table = train(options)
+    if options.csv:
+        return csv.writer(sys.stdout, lineterminator="\n").writerows(table)
+    told = {name: value for name, value in vars(options).items() if name != "run"}
+    print(*(f"{name}={value}" for name, value in told.items()), f"torch={torch.__version__}")
+    for row in table:
+        print("".join(f"{cell!s:>15}" for cell in row))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m export.benchmark")
-    command = parser.add_subparsers(required=True).add_parser("train")
+    commands = parser.add_subparsers(required=True)
+    benchmark_infer.add_options(commands.add_parser("infer", description=benchmark_infer.__doc__))
+    command = commands.add_parser("train", description=__doc__)
+    command.set_defaults(run=print_training)
     for name, default in DEFAULTS.items():
         command.add_argument(f"--{name}", type=type(default), default=default)
     command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
@@ -138,12 +153,8 @@ def main() -> None:
     command.add_argument("--compile", action="store_true")
     command.add_argument("--csv", action="store_true")
     options = parser.parse_args()
-    table = train(options)
-    if options.csv:
-        return csv.writer(sys.stdout, lineterminator="\n").writerows(table)
-    print(*(f"{name}={value}" for name, value in vars(options).items()), f"torch={torch.__version__}")
-    for row in table:
-        print("".join(f"{cell!s:>15}" for cell in row))
+    with one_sentence():
+        options.run(options)
 
 
 if __name__ == "__main__":

@@ -342,6 +342,11 @@ _TRAINED = {
         recipe="short-cpu",
         revision="v0.1.0",
     ),
+    "wrn10_4_plain.cifar10": Trained(
+        sha256="c4fb9d448b69c56e7820d70a38cc74cf458fdc116832e161e57d2e1064d7ce53",
+        recipe="short-cpu",
+        revision="v0.1.0",
+    ),
     "resnet20_tam.cifar10": Trained(
         sha256="cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
         recipe="short-cpu",

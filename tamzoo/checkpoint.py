@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     The content is synced before the renaming; on any failure nothing is left behind.
 
     Raises:
-        OSError: the folder cannot be written; says which.
+        OSError: the folder cannot be written, or the disk is full; says which.
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -39,6 +39,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.chmod(0o644)
         part.replace(path)
+    except OSError as error:
+        if error.filename or not error.errno:
+            raise
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error  # a full disk
     finally:
         part.unlink(missing_ok=True)
 

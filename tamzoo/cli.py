@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tamzoo import cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_train
-from tamzoo.terminal import DEMO_ENTRY, Data, Name, Weights, bar, load_model, table
+from tamzoo import cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
+from tamzoo.terminal import Data, Name, Weights, bar, load_model, one_sentence, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
     cli_demo.demo,
+    cli_predict.predict,
     cli_analyze.analyze,
     cli_gates.gates,
     cli_gates.freeze_gates,
@@ -110,39 +110,6 @@ def info(name: Name) -> None:
 
 
 @app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Model or entry.")] = DEMO_ENTRY,
-    onnx: Annotated[Path | None, typer.Option(help="An exported file in place of the model.")] = None,
-    weights: Weights = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes a picture.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
-) -> None:
-    """Classify pictures."""
-    from tamzoo.images import picture_paths
-    from tamzoo.onnx_export import metadata_of, open_session
-    from tamzoo.predict import onnx_classifier, torch_classifier
-    from tamzoo.predict import predict as classify
-
-    paths = picture_paths(images)
-    if onnx is not None:
-        session = open_session(onnx)
-        classifier = onnx_classifier(session, metadata_of(session))
-    else:
-        classifier = torch_classifier(load_model(model, weights)[0])
-    answers = classify(classifier, paths, top, bar)
-    if as_json:
-        found = [
-            {"image": str(path), "top": [{"label": label, "probability": p} for label, p in answer]}
-            for path, answer in zip(paths, answers, strict=True)
-        ]
-        print(json.dumps(found, indent=2))
-        return
-    for path, answer in zip(paths, answers, strict=True):
-        print(f"{path}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in answer))
-
-
-@app.command()
 def evaluate(name: Name, data: Data = None, weights: Weights = None) -> None:
     """Errors on all images of the test split."""
     from dataclasses import asdict
@@ -171,8 +138,5 @@ def results() -> None:
 
 def main() -> None:
     """Runs the command line; a ValueError, RuntimeError or OSError is one sentence and exit code 2."""
-    try:
+    with one_sentence():
         app()
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

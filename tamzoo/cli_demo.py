@@ -57,9 +57,10 @@ def _time_demo(files: dict[str, Path], dataset: Dataset, plain: Path) -> None:
     import timm
 
     from tamzoo.data import normalise
+    from tamzoo.deploy import PARITY_IMAGES
     from tamzoo.images import random_crops
     from tamzoo.latency import time_in_turns
-    from tamzoo.onnx_export import PARITY_IMAGES, export_onnx, open_session
+    from tamzoo.onnx_export import export_onnx, open_session
 
     # untrained: the weights' values do not change the time
     model = timm.create_model(DEMO_ENTRY.replace("_tam", "_plain")).eval()

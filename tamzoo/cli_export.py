@@ -12,7 +12,14 @@ from tamzoo.terminal import Data, Name, Weights, bar, load_model, test_pixels
 
 def export(
     name: Name,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to write: .onnx, .safetensors (plain backbone) or .pt2 (torch.export).",
+        ),
+    ],
     keep_gates: Annotated[bool, typer.Option(help="Export without folding.")] = False,
     uint8: Annotated[
         bool, typer.Option(help="Take raw (n, h, w, 3) bytes and normalise in the graph.")
@@ -21,23 +28,23 @@ def export(
     weights: Weights = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is folded.")] = None,
 ) -> None:
-    """Fold a model and write one ONNX file that was checked against it."""
+    """Fold a model and write one file that was checked against it."""
     from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.checkpoint import sha256_of
-    from tamzoo.onnx_export import PARITY_IMAGES, export_entry
+    from tamzoo.deploy import PARITY_IMAGES, deployment
+    from tamzoo.program_export import exporter_for
 
+    write = exporter_for(output)
     model, _, dataset = load_model(name, weights)
-    report, parity = export_entry(
+    made = deployment(
         model,
-        output,
         pixels=test_pixels(data, dataset, PARITY_IMAGES)[0],
         weights_sha256=sha256_of(weights) if weights else None,
         keep_gates=keep_gates,
-        uint8=uint8,
         tolerance=GATE_TOLERANCE if tolerance is None else tolerance,
-        progress=bar,
     )
-    if report:
-        print(report)
+    parity = write(made, output, uint8=uint8, progress=bar)
+    if made.report:
+        print(made.report)
     print(parity)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")

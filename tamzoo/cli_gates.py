@@ -49,36 +49,50 @@ def freeze_gates(
     weights: Weights = None,
     images: Annotated[int, typer.Option(min=2, help="Training images to measure on.")] = 10_000,
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is static.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Of the training (default: the entry's).")] = None,
 ) -> None:
     """Turn gates that move into constants, so that the model folds whole; errors before and after."""
+    import torch
     from torch.optim.swa_utils import update_bn
 
     from tamzoo.attention import GATE_TOLERANCE
+    from tamzoo.augment import augment, draw
+    from tamzoo.catalogue import ENTRIES
     from tamzoo.data import data_directory, load_split, normalise
     from tamzoo.evaluate import evaluate
     from tamzoo.freeze import freeze_gates
     from tamzoo.gates import measure_gates, save_measured
+    from tamzoo.recipes import recipe_for
 
     model, full, dataset = load_model(name, weights)
     folder = data_directory(data)
     train, test = (load_split(folder, dataset, split, bar) for split in ("train", "test"))
 
-    def batches() -> Iterator[Tensor]:
-        for batch in bar(train.pixels[:images].split(128), "Reading training images"):
-            yield normalise(batch, dataset)
+    entry, some = ENTRIES.get(full), train.pixels[:images].split(128)
+    settings = recipe_for(
+        recipe or (entry.trained.recipe if entry and entry.trained else "short"), dataset.tag
+    )
 
-    def row(what: str) -> tuple[str, ...]:
+    def plain() -> Iterator[Tensor]:
+        return (normalise(batch, dataset) for batch in bar(some, "Measuring gates"))
+
+    def augmented() -> Iterator[Tensor]:  # what BatchNorm saw while it was trained
+        generator = torch.Generator().manual_seed(0)
+        for batch in bar(some, "Measuring BatchNorm"):
+            yield augment(batch, draw(len(batch), settings, dataset, generator), settings, dataset)
+
+    def scored(what: str) -> tuple[str, ...]:
         score = evaluate(model, test, dataset, progress=bar)
         return what, f"{score.top1_error:.2f}", f"{score.top5_error:.2f}", f"{score.loss:.4f}"
 
-    measured = measure_gates(model, batches())
-    rows = [row("as loaded")]
+    measured = measure_gates(model, plain())
+    rows = [scored("as loaded")]
     frozen = freeze_gates(model, measured, GATE_TOLERANCE if tolerance is None else tolerance)
     if frozen:
-        rows.append(row("gates frozen"))
-    update_bn(batches(), model)
-    save_measured(output, model, full, batches)
-    rows.append(row("BatchNorm measured anew, as stored"))
+        rows.append(scored("gates frozen"))
+    update_bn(augmented(), model)
+    save_measured(output, model, full, plain)
+    rows.append(scored("BatchNorm measured anew, as stored"))
     columns = ("weights", "top-1 error %", "top-5 error %", "loss")
     table(f"{full} on {len(test)} {dataset.title} test images", columns, rows)
     for gate in measured:

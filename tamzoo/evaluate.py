@@ -1,6 +1,6 @@
 """A model on a test split: errors, loss and calibration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,18 @@ def normalised(
 
 @torch.inference_mode()
 def logits_of(
-    model: nn.Module, split: Split, dataset: Dataset, batch_size: int, progress: Progress = silent
+    model: Callable[[Tensor], Tensor],
+    split: Split,
+    dataset: Dataset,
+    batch_size: int,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Logits of every image in order, float32 (n, classes).
+    """Logits of every image in order, float32 (n, classes), from a model or an opened file.
 
     Raises:
         ValueError: the model is in training mode.
     """
-    if model.training:
+    if isinstance(model, nn.Module) and model.training:
         raise ValueError("evaluation needs a model in eval mode; call model.eval() first")
     shown = normalised(split, dataset, batch_size, progress, "Evaluating")
     return torch.cat([model(images).float() for images, _ in shown])

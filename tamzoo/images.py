@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 PICTURES = Path(__file__).parent / "pictures"
 SUFFIXES = frozenset(Image.registered_extensions())
 SMALLEST = 8  # pixels a side; less than this shows nothing
+READABLE = "expected a JPEG, PNG, WebP or another format that Pillow reads"
 ADVICE = {
     "RGBA": "its transparent pixels have no colour; flatten it on a background first",
     "LA": "its transparent pixels have no colour; flatten it on a background first",
@@ -20,38 +22,47 @@ ADVICE = {
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A still 8-bit picture as RGB; grey and palette pictures are converted, which loses nothing.
+    """A picture from a file.
 
     Raises:
-        ValueError: missing, not an image, damaged, animated, tiny, or of a mode whose conversion would
-            have to guess (transparency, CMYK, 16 bits).
+        ValueError: no such file, or as `decode_picture`.
     """
     if not path.is_file():
         raise ValueError(
             f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}"
         )
+    return decode_picture(path, str(path))
+
+
+def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
+    """A still 8-bit picture as RGB; grey and palette pictures are converted, which loses nothing.
+
+    Args:
+        name: What the picture is called in a message.
+    Raises:
+        ValueError: not an image, damaged, animated, tiny, or of a mode whose conversion would have to
+            guess (transparency, CMYK, 16 bits).
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             frames = getattr(image, "n_frames", 1)
-            if frames > 1:
-                raise ValueError(f"{path}: animated, {frames} frames; save one frame as a picture")
-            image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        kind = (
-            "not a picture" if isinstance(error, UnidentifiedImageError) else f"a damaged picture ({error})"
-        )
-        raise ValueError(
-            f"{path}: {kind}; expected a JPEG, PNG, WebP or another format that Pillow reads"
-        ) from error
+            if frames == 1:
+                image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a picture; {READABLE}") from error
+    except Exception as error:  # a damaged file makes Pillow's decoders fail in any way
+        raise ValueError(f"{name}: a damaged picture ({error}); {READABLE}") from error
+    if frames > 1:
+        raise ValueError(f"{name}: animated, {frames} frames; save one frame as a picture")
     if min(image.size) < SMALLEST:
         raise ValueError(
-            f"{path}: {image.width}x{image.height} pixels; expected at least {SMALLEST}x{SMALLEST}"
+            f"{name}: {image.width}x{image.height} pixels; expected at least {SMALLEST}x{SMALLEST}"
         )
     mode = "RGBA" if image.mode == "P" and "transparency" in image.info else image.mode
     if mode not in ("RGB", "L", "P", "1"):
         advice = ADVICE.get(mode, "save it with 8 bits a channel first")
-        raise ValueError(f"{path}: expected an 8-bit RGB or grey picture, got mode {mode}; {advice}")
-    return image.convert("RGB")
+        raise ValueError(f"{name}: expected an 8-bit RGB or grey picture, got mode {mode}; {advice}")
+    return image if mode == "RGB" else image.convert("RGB")
 
 
 def picture_paths(given: Iterable[Path]) -> list[Path]:

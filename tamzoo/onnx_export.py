@@ -1,46 +1,30 @@
 """A model as one ONNX file that answers as the torch model does, or no file at all."""
 
 import json
-from dataclasses import dataclass
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tamzoo import __version__
-from tamzoo.attention import GATE_TOLERANCE
-from tamzoo.catalogue import DATASETS, ENTRIES, Dataset
-from tamzoo.checkpoint import whole_file
-from tamzoo.data import normalise
-from tamzoo.fold import FoldReport, reparameterize_model, report_of
-from tamzoo.gates import gates_of
-from tamzoo.images import random_crops
+from tamzoo.catalogue import Dataset
+from tamzoo.deploy import (
+    EXACT,
+    FLOAT16,
+    Deployment,
+    Parity,
+    Run,
+    as_input,
+    as_texts,
+    deployment,
+    told_of,
+    write_checked,
+)
+from tamzoo.fold import FoldReport
 from tamzoo.progress import Progress, silent
 
 OPSET = 20
-PARITY_IMAGES = 256  # at least
-PARITY_TOLERANCE = 1e-3  # largest absolute logit difference
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """onnxruntime on an exported file against the torch model it came from."""
-
-    n: int
-    max_difference: float  # absolute, logits
-    same_top1: int
-
-    @property
-    def passed(self) -> bool:
-        return self.same_top1 == self.n and self.max_difference <= PARITY_TOLERANCE
-
-    def __str__(self) -> str:
-        return (
-            f"onnxruntime against unfolded torch on {self.n} images: largest logit difference "
-            f"{self.max_difference:.2g} (at most {PARITY_TOLERANCE:g}), same top-1 on {self.same_top1}"
-        )
 
 
 class ByteInput(nn.Module):
@@ -61,7 +45,23 @@ class ByteInput(nn.Module):
         return self.model(x * self.scale + self.shift)
 
 
-def _libraries() -> tuple[Any, Any]:
+class HalfInside(nn.Module):
+    """Computes in float16; takes and returns float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = deepcopy(model).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.half()).float()
+
+
+def onnx_libraries() -> tuple[Any, Any]:
+    """onnx and onnxruntime.
+
+    Raises:
+        ValueError: one of them, or what torch's exporter needs, is not installed.
+    """
     try:
         import onnx
         import onnxruntime
@@ -71,26 +71,33 @@ def _libraries() -> tuple[Any, Any]:
     return onnx, onnxruntime
 
 
-def open_session(path: Path, threads: int = 0) -> Any:
+def open_session(path: Path, threads: int = 0, spin: bool = True) -> Any:
     """An onnxruntime session on the CPU.
 
     Args:
         threads: Threads in an operator; 0 lets onnxruntime choose. With several, those of an idle session
-            spin for a while and slow down whatever runs next: compare latencies with one.
+            spin for a while and slow down whatever runs next: compare latencies with one, or without `spin`.
+        spin: Whether threads wait for work busily, which makes the next run start sooner.
     Raises:
         ValueError: no file, or not an ONNX model.
     """
-    _, onnxruntime = _libraries()
+    _, onnxruntime = onnx_libraries()
     if not path.is_file():
         raise ValueError(
             f"{path}: expected an ONNX file, found {'a folder' if path.is_dir() else 'no such file'}"
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class an error code, none of them public
         raise ValueError(f"{path}: onnxruntime cannot open it ({error}); export it again") from error
+
+
+def runner(session: Any) -> Run:
+    """A session as what turns a tensor into logits."""
+    return lambda x: torch.from_numpy(session.run(None, {"pixel_values": x.numpy()})[0])
 
 
 def metadata_of(session: Any) -> dict[str, Any]:
@@ -103,60 +110,48 @@ def metadata_of(session: Any) -> dict[str, Any]:
     missing = {"entry", "labels", "mean", "std", "input_size", "input"} - found.keys()
     if missing:
         raise ValueError(
-            f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}"
+            f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}; "
+            "tamzoo predict takes --mean R G B, --std R G B and --labels FILE in their place"
         )
     encoded = ("[", "{", "null")  # other values are texts, which are stored as they are
     return {key: json.loads(value) if value.startswith(encoded) else value for key, value in found.items()}
 
 
 def export_entry(
-    model: nn.Module,
-    path: Path,
-    *,
-    pixels: Tensor | None = None,
-    weights_sha256: str | None = None,
-    keep_gates: bool = False,
-    uint8: bool = False,
-    tolerance: float = GATE_TOLERANCE,
-    progress: Progress = silent,
+    model: nn.Module, path: Path, *, uint8: bool = False, progress: Progress = silent, **how: Any
 ) -> tuple[FoldReport | None, Parity]:
     """Folds a model of ours by the gates that it carries and exports it with all that its file should tell.
 
     Args:
         model: In eval mode on the CPU, as `timm.create_model` made it.
-        pixels: Images for the parity check, as for `export_onnx`; by default crops of the shipped pictures.
-        weights_sha256: Of the model's weights file; by default the catalogue's.
-        keep_gates: Export without folding; there is no fold report then.
+        how: As for `deployment`.
     Raises:
-        ValueError: as `reparameterize_model` and `export_onnx`.
+        ValueError: as `deployment` and `export_onnx`.
     """
-    cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
-    name, dataset = f"{cfg['architecture']}.{cfg['tag']}", DATASETS[cfg["tag"]]
-    entry, report, deployed = ENTRIES.get(name), None, model
-    if not keep_gates:
-        deployed = reparameterize_model(model, tolerance=tolerance)
-        report = report_of(deployed)
-    if weights_sha256 is None:
-        weights_sha256 = entry.trained.sha256 if entry and entry.trained else ""
-    metadata = {
-        "entry": name,
-        "version": __version__,
-        "weights_sha256": weights_sha256,
-        "gates": report.folded if report else {},
-        "fold_report": str(report) if report else "exported with its gates",
-    }
-    pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1]) if pixels is None else pixels
-    parity = export_onnx(
-        deployed,
+    made = deployment(model, **how)
+    return made.report, export_deployment(made, path, uint8=uint8, progress=progress)
+
+
+def export_deployment(
+    made: Deployment,
+    path: Path,
+    *,
+    uint8: bool = False,
+    float16: bool = False,
+    progress: Progress = silent,
+) -> Parity:
+    """As `export_onnx`."""
+    return export_onnx(
+        made.model,
         path,
-        reference=model,
-        dataset=dataset,
-        pixels=pixels,
-        metadata=metadata,
+        reference=made.reference,
+        dataset=made.dataset,
+        pixels=made.pixels,
+        metadata=made.told,
         uint8=uint8,
+        float16=float16,
         progress=progress,
     )
-    return report, parity
 
 
 def export_onnx(
@@ -168,6 +163,7 @@ def export_onnx(
     pixels: Tensor,
     metadata: dict[str, Any],
     uint8: bool = False,
+    float16: bool = False,
     progress: Progress = silent,
 ) -> Parity:
     """Exports a model and compares the file with a reference before it gets its name.
@@ -178,20 +174,22 @@ def export_onnx(
         pixels: uint8 (n, 3, h, w) images to compare on, n >= 256.
         metadata: Texts, lists and objects, stored in the file beside the data set's.
         uint8: The file takes raw (n, h, w, 3) bytes in place of normalised float32 (n, 3, h, w).
+        float16: Weights and arithmetic in half precision; input and output stay as they are.
     Raises:
         ValueError: too few images, training mode, or the parity fails: then there is no file.
     """
-    onnx, _ = _libraries()
-    if len(pixels) < PARITY_IMAGES:
-        raise ValueError(f"the parity check needs at least {PARITY_IMAGES} images, got {len(pixels)}")
-    if deployed.training or reference.training:
+    onnx, _ = onnx_libraries()
+    if deployed.training:
         raise ValueError("export needs models in eval mode; call model.eval() first")
-    graph = ByteInput(deployed, dataset).eval() if uint8 else deployed
-    example = _as_input(pixels[:2], dataset, uint8)
-    with whole_file(path) as part:
+    graph = HalfInside(deployed).eval() if float16 else deployed
+    if uint8:
+        graph = ByteInput(graph, dataset).eval()
+    told = metadata | told_of(deployed, dataset, uint8) | {"precision": "float16" if float16 else "float32"}
+
+    def write(part: Path) -> None:
         program = torch.onnx.export(
             graph,
-            (example,),
+            (as_input(pixels[:2], dataset, uint8),),
             input_names=["pixel_values"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -201,50 +199,26 @@ def export_onnx(
         )
         assert program is not None
         model = program.model_proto
-        told = metadata | {
-            "labels": dataset.class_names,
-            "mean": dataset.mean,
-            "std": dataset.std,
-            "input_size": tuple(pixels.shape[1:]),
-            "input": "uint8 NHWC" if uint8 else "float32 NCHW",
-            "gates_left": list(gates_of(deployed)),
-        }
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
-        onnx.helper.set_model_props(model, texts)
+        onnx.helper.set_model_props(model, as_texts(told))
         onnx.checker.check_model(model, full_check=True)
         part.write_bytes(model.SerializeToString())
-        parity = check_parity(open_session(part), reference, dataset, pixels, uint8, progress)
-        if not parity.passed:
-            raise ValueError(f"{path} is not written, the export disagrees with the model: {parity}")
-    return parity
 
-
-def check_parity(
-    session: Any,
-    reference: nn.Module,
-    dataset: Dataset,
-    pixels: Tensor,
-    uint8: bool = False,
-    progress: Progress = silent,
-) -> Parity:
-    """Compares a session's logits with a torch model's on uint8 (n, 3, h, w) images."""
-    largest, same = 0.0, 0
-    for batch in progress(pixels.split(64), "Checking parity"):
-        with torch.inference_mode():
-            expected = reference(normalise(batch, dataset)).numpy()
-        (found,) = session.run(None, {"pixel_values": _as_input(batch, dataset, uint8).numpy()})
-        largest = max(largest, float(np.abs(found - expected).max()))
-        same += int((found.argmax(1) == expected.argmax(1)).sum())
-    return Parity(n=len(pixels), max_difference=largest, same_top1=same)
-
-
-def _as_input(pixels: Tensor, dataset: Dataset, uint8: bool) -> Tensor:
-    """uint8 (n, 3, h, w) -> what a file takes."""
-    return pixels.permute(0, 2, 3, 1).contiguous() if uint8 else normalise(pixels, dataset)
+    return write_checked(
+        path,
+        write,
+        lambda part: runner(open_session(part)),
+        reference=reference,
+        dataset=dataset,
+        pixels=pixels,
+        program="onnxruntime",
+        uint8=uint8,
+        tolerance=FLOAT16 if float16 else EXACT,
+        progress=progress,
+    )
 
 
 def operators_of(path: Path) -> dict[str, int]:
     """How many nodes of each operator an ONNX file has."""
-    onnx, _ = _libraries()
+    onnx, _ = onnx_libraries()
     kinds: list[str] = [node.op_type for node in onnx.load(path).graph.node]
     return {kind: kinds.count(kind) for kind in sorted(set(kinds))}

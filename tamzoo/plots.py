@@ -1,13 +1,13 @@
 """Pictures of what was measured; they need matplotlib (`tamzoo[plots]`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tamzoo.checkpoint import whole_file
 from tamzoo.findings import Curve
 from tamzoo.journal import read_log
-from tamzoo.records import GateStats
+from tamzoo.records import GateStats, Timing
 
 # Okabe & Ito's palette, told apart with any colour vision; dashes and markers tell lines apart in grey print
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
@@ -82,6 +82,49 @@ def plot_gates(gates: Sequence[GateStats], out: Path) -> None:
     axes.set(xlabel="block", ylabel=f"gate: mean and range over {gates[0].n:,} images", ylim=(0, 1))
     mark_stages(axes, gates)
     save(figure, out)
+
+
+def plot_latencies(series: Mapping[str, Sequence[Timing]], out: Path) -> None:
+    """Draws each program's time over the first one's, median and quartiles.
+
+    Args:
+        series: What was timed -> its programs, the same ones for all.
+        out: .png, .svg or .pdf.
+    Raises:
+        ValueError: no matplotlib, or another kind of picture.
+    """
+    figure, axes = canvas(out)
+    names = [timing.name for timing in next(iter(series.values()))]
+    for index, (label, timings) in enumerate(series.items()):
+        offset = 0.6 * ((index + 0.5) / len(series) - 0.5)
+        below = [timing.ratio - timing.ratio_low for timing in timings]
+        above = [timing.ratio_high - timing.ratio for timing in timings]
+        axes.errorbar(
+            [timing.ratio for timing in timings],
+            [row + offset for row in range(len(names))],
+            xerr=[below, above],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle="none",
+            capsize=3,
+            label=label,
+        )
+    axes.set(xscale="log", xlabel=f"time / time of {names[0]}, median and quartiles")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.legend(frameon=False)
+    save(figure, out)
+
+
+def check_picture(out: Path) -> None:
+    """Sees that a picture of this name can be drawn.
+
+    Raises:
+        ValueError: no matplotlib, or another kind of picture.
+    """
+    canvas(out)
 
 
 def canvas(

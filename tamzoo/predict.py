@@ -1,28 +1,37 @@
-"""Pictures to labelled probabilities, through torch or through an exported ONNX file."""
+"""Pictures to labelled probabilities, through torch or through an ONNX file."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
+from tamzoo.checkpoint import sha256_of
 from tamzoo.images import open_picture
+from tamzoo.onnx_export import metadata_of, open_session
 from tamzoo.progress import Progress, silent
 
 BATCH = 64  # pictures a forward pass
+Triple = tuple[float, float, float]
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """What turns a batch of pictures into logits, with what it needs to know about them.
+    """What turns pictures into probabilities, with what it needs to know about them.
 
     Attributes:
         run: float32 (n, 3, h, w), or uint8 (n, h, w, 3) where `raw`, to logits (n, classes).
         labels: Class names, or None where the classes have only numbers.
+        sha256: Of its weights and of what is told here, so that a job knows its model again.
     """
 
     run: Callable[[np.ndarray], np.ndarray]
@@ -32,6 +41,43 @@ class Classifier:
     std: tuple[float, ...]
     crop_pct: float = 1.0
     raw: bool = False
+    sha256: str = ""
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """An RGB picture, resized and cropped: uint8 (h, w, 3)."""
+        _, h, w = self.input_size
+        if self.crop_pct == 1 and picture.size == (w, h):  # timm's transform would only take its time
+            return np.asarray(picture)
+        return np.asarray(self._crop(picture)).transpose(1, 2, 0)  # (3, h, w) -> (h, w, 3)
+
+    def best(self, pixels: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest classes of uint8 (n, h, w, 3) pixels, best first, and their softmax probabilities.
+
+        Returns:
+            Indices and probabilities, each (n, k), k the smaller of `top` and the number of classes.
+        """
+        logits = torch.from_numpy(self.run(pixels if self.raw else self._normalised(pixels)))
+        found = logits.float().softmax(1).topk(min(top, logits.shape[1]), dim=1)
+        return found.indices.numpy(), found.values.numpy()
+
+    def label(self, index: int) -> str:
+        """The name of a class, or its number where it has none."""
+        return self.labels[index] if self.labels else str(index)
+
+    @cached_property
+    def _crop(self) -> Any:
+        size, crop = self.input_size, self.crop_pct
+        return create_transform(size, interpolation="bicubic", crop_pct=crop, normalize=False)
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+
+    def _normalised(self, pixels: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (n, h, w, 3) -> (n, 3, h, w)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+        mean, std = self._moments
+        return x.div_(255).sub_(mean).div_(std).numpy()
 
 
 def torch_classifier(model: nn.Module) -> Classifier:
@@ -42,23 +88,96 @@ def torch_classifier(model: nn.Module) -> Classifier:
         with torch.inference_mode():
             return model(torch.from_numpy(batch)).numpy()
 
-    return Classifier(
-        run=run,
-        labels=model.pretrained_cfg.get("label_names"),  # pyright: ignore
-        **{key: config[key] for key in ("input_size", "mean", "std", "crop_pct")},
-    )
+    told = {key: config[key] for key in ("input_size", "mean", "std", "crop_pct")}
+    told["labels"] = model.pretrained_cfg.get("label_names")  # pyright: ignore
+    weights = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return Classifier(run=run, sha256=_identity(weights.hexdigest(), told), **told)
 
 
 def onnx_classifier(session: Any, metadata: dict[str, Any]) -> Classifier:
-    """An onnxruntime session of one of our files as a classifier."""
+    """An onnxruntime session as a classifier.
+
+    Args:
+        metadata: What `metadata_of` one of our files tells, or the same keys from elsewhere.
+    Raises:
+        ValueError: the graph takes other inputs than the metadata say, or has another number of classes.
+    """
+    size, raw = _input_of(session)
+    told = tuple(metadata["input_size"])
+    if told != size or raw != metadata["input"].startswith("uint8"):
+        raise ValueError(
+            f"the ONNX graph takes {size} as {'uint8' if raw else 'float'}, its metadata say "
+            f"{told} as {metadata['input']}; export it again"
+        )
+    labels, scores = metadata["labels"], session.get_outputs()[0].shape
+    if len(scores) != 2:
+        raise ValueError(f"expected an ONNX graph whose first output is (n, classes), got {scores}")
+    classes = scores[1]
+    if labels and isinstance(classes, int) and len(labels) != classes:
+        raise ValueError(f"the ONNX graph has {classes} classes, but there are {len(labels)} labels")
+    feed, kind = session.get_inputs()[0].name, _TYPES[session.get_inputs()[0].type]
     return Classifier(
-        run=lambda batch: session.run(None, {"pixel_values": batch})[0],
-        labels=metadata["labels"],
-        input_size=tuple(metadata["input_size"]),
+        run=lambda batch: session.run(None, {feed: batch.astype(kind, copy=False)})[0],
+        labels=labels,
+        input_size=size,
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
-        raw=metadata["input"].startswith("uint8"),
+        raw=raw,
     )
+
+
+def open_classifier(
+    path: Path,
+    threads: int = 0,
+    mean: Triple | None = None,
+    std: Triple | None = None,
+    labels: Path | None = None,
+) -> Classifier:
+    """An ONNX file as a classifier.
+
+    Args:
+        threads: As for `open_session`.
+        mean: With `std`, of the channels in [0, 1], for a file that was not exported by tamzoo.
+        labels: A file with a class name a line, in place of the names that the ONNX file carries.
+    Raises:
+        ValueError: not an ONNX file, not one of ours where no mean and std are given, or unfit labels.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError("--mean and --std belong together; pass both or neither")
+    session = open_session(path, threads)
+    if mean is None:
+        metadata = metadata_of(session)
+    else:
+        size, raw = _input_of(session)
+        kind = "uint8 NHWC" if raw else "float32 NCHW"
+        metadata = {"labels": None, "mean": mean, "std": std, "input_size": size, "input": kind}
+    if labels is not None:
+        metadata["labels"] = labels.read_text(encoding="utf-8").splitlines()
+    classifier = onnx_classifier(session, metadata)
+    told = {"labels": classifier.labels, "mean": classifier.mean, "std": classifier.std}
+    return replace(classifier, sha256=_identity(sha256_of(path), told))
+
+
+def _identity(weights: str, told: dict[str, Any]) -> str:
+    return hashlib.sha256((weights + json.dumps(told)).encode()).hexdigest()
+
+
+def _input_of(session: Any) -> tuple[tuple[int, int, int], bool]:
+    """The (3, h, w) that an ONNX graph takes, and whether as raw bytes (n, h, w, 3)."""
+    inputs = session.get_inputs()
+    kind, (n, *shape) = inputs[0].type, inputs[0].shape
+    raw = kind == "tensor(uint8)"
+    size = (shape[-1], *shape[:-1]) if raw else tuple(shape)
+    fits = len(size) == 3 and size[0] == 3 and all(isinstance(extent, int) for extent in size)
+    if len(inputs) != 1 or isinstance(n, int) or kind not in _TYPES or not fits:
+        found = ", ".join(f"{one.name}: {one.type} {one.shape}" for one in inputs)
+        raise ValueError(
+            "expected an ONNX graph with one input of any batch size, floats (n, 3, h, w) or uint8 "
+            f"(n, h, w, 3), with h and w fixed; got {found}"
+        )
+    return size, raw
 
 
 def predict(
@@ -69,28 +188,11 @@ def predict(
     Raises:
         ValueError: a file that is no usable picture.
     """
-    transform: Any = create_transform(
-        classifier.input_size,
-        interpolation="bicubic",
-        mean=classifier.mean,
-        std=classifier.std,
-        crop_pct=classifier.crop_pct,
-        normalize=not classifier.raw,
-    )
     answers = []
     for start in progress(range(0, len(paths), BATCH), "Classifying"):
-        pictures = [transform(open_picture(path)) for path in paths[start : start + BATCH]]
-        batch = np.stack([np.asarray(picture) for picture in pictures])  # (n, 3, h, w)
-        logits = classifier.run(
-            np.ascontiguousarray(batch.transpose(0, 2, 3, 1)) if classifier.raw else batch
-        )
-        probabilities = torch.from_numpy(logits).softmax(1)
-        best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+        batch = np.stack([classifier.pixels(open_picture(path)) for path in paths[start : start + BATCH]])
         answers += [
-            [
-                (classifier.labels[index] if classifier.labels else str(index), p)
-                for index, p in zip(*row, strict=True)
-            ]
-            for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            [(classifier.label(index), p) for index, p in zip(*row, strict=True)]
+            for row in zip(*(found.tolist() for found in classifier.best(batch, top)), strict=True)
         ]
     return answers

@@ -1,6 +1,6 @@
 """How long loops tell where they are: the rooms stay silent, `cli` passes a bar."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,20 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
     """The items as they are."""
     return items
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Items that come one by one, with their number, so that a bar knows where the end is."""
+
+    items: Iterable[Any]
+    n: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return self.n
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,16 @@ Weights = Annotated[Path | None, typer.Option(help="A safetensors file in place 
 Data = Annotated[
     Path | None, typer.Option(help="Folder with the data, or hub to download it (default: $TAMZOO_DATA).")
 ]
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns a ValueError, RuntimeError or OSError into one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def bar(items: Iterable[Any], description: str) -> Iterable[Any]:

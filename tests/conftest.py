@@ -1,5 +1,6 @@
 """What several rooms' tests need."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from tamzoo import hub
+from tamzoo.cli import main
 from tests.hub_server import loopback
 
 
@@ -39,3 +41,28 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "CARDS", None)
     with loopback(tmp_path, monkeypatch) as server:
         yield server
+
+
+@pytest.fixture
+def tamzoo(monkeypatch, capsys):
+    """Runs a command line: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tamzoo", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def refused(answer, *words):
+    """Sees that a command line ended with one sentence and exit code 2."""
+    code, out, err = answer
+    assert code == 2, (out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err

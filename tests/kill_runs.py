@@ -5,7 +5,6 @@ python tests/kill_runs.py FOLDER KILLS SEED
 
 import os
 import random
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from tamzoo.checkpoint import sha256_of
 from tamzoo.snapshots import load_snapshot
-from tests.tiny_runs import RECIPE, in_a_fork, tiny_run
+from tests.tiny_runs import RECIPE, in_a_fork, killed_in_a_fork, tiny_run
 
 LONGER = replace(RECIPE, epochs=8)
 
@@ -41,16 +40,9 @@ def main(folder: Path, kills: int, seed: int) -> None:
     while killed < kills:
         out = folder / f"killed-{series}"
         while True:
-            pid = in_a_fork(lambda out=out: train(out))
             delay = chance.uniform(0.0, 0.7 * seconds) if killed < kills else float("inf")
-            began = time.monotonic()
-            while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() - began < delay:
-                time.sleep(0.001)
-            if ended[0]:
-                assert ended[1] == 0, "a resumed run failed"
+            if not killed_in_a_fork(lambda out=out: train(out), delay):
                 break
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
             killed += 1
             left = sorted(path.name for path in out.glob("*snapshot-*"))
             print(f"kill {killed} after {delay:.3f} s, left {left}")

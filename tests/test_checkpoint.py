@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import re
 
@@ -108,3 +109,12 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     path = tmp_path / "missing" / "x.json"
     with pytest.raises(OSError, match=re.escape(f"cannot write {path}: No such file or directory")):
         write_whole(path, "new")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"cannot write .*x.bin: No space left on device"),
+        whole_file(tmp_path / "x.bin"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import pytest
 import timm
@@ -9,24 +8,8 @@ from safetensors.torch import save_file
 
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
-from tamzoo.cli import main
 from tamzoo.images import PICTURES
-
-
-@pytest.fixture
-def tamzoo(monkeypatch, capsys):
-    """Runs a command line: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tamzoo", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
+from tests.conftest import refused
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +64,15 @@ def test_an_exported_file_predicts_what_the_model_predicts(tamzoo, weights, tmp_
         assert a["probability"] == pytest.approx(b["probability"], abs=1e-3)
 
 
+def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
+    for suffix in ("safetensors", "pt2"):
+        path = tmp_path / f"model.{suffix}"
+        code, out, err = tamzoo("export", "wrn10_4_tam.cifar10", "-o", path)
+        assert code == 0 and "3 of 3 gates folded" in out and "same top-1 on 256" in out, err
+        assert path.is_file()
+    refused(tamzoo("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.h5"), "a file named .onnx, .safeten")
+
+
 def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
     arguments = ("gates", "resnet20_tam.cifar10", "--weights", weights, "--images", 8)
     code, out, _ = tamzoo(*arguments, "--json")
@@ -90,14 +82,6 @@ def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
 
 
 # Bad input: one sentence, exit code 2, nothing written.
-
-
-def refused(answer, *words):
-    code, out, err = answer
-    assert code == 2, (out, err)
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    for word in words:
-        assert word in err
 
 
 def test_unknown_names_are_refused_with_the_nearest(tamzoo):

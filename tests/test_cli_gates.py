@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tamzoo import data
 from tamzoo.checkpoint import save_weights
 from tamzoo.gates import gates_of, measure_gates
-from tests.test_cli import refused, tamzoo  # noqa: F401  (a fixture)
+from tests.conftest import refused
 from tests.tiny_runs import random_split
 
 ENTRY = "resnet20_tam.cifar10"
@@ -26,7 +26,7 @@ def moving(tmp_path, monkeypatch, shaken):
     return tmp_path / "moving.safetensors"
 
 
-def test_freezing_tells_errors_before_and_after_and_stores_static_gates(tamzoo, moving, tmp_path):  # noqa: F811
+def test_freezing_tells_errors_before_and_after_and_stores_static_gates(tamzoo, moving, tmp_path):
     path = tmp_path / "static.safetensors"
     code, out, err = tamzoo("freeze-gates", ENTRY, "--weights", moving, "--data", tmp_path, "-o", path)
     assert code == 0, err
@@ -40,7 +40,7 @@ def test_freezing_tells_errors_before_and_after_and_stores_static_gates(tamzoo, 
         assert gate.measured_gate.tolist() == pytest.approx([stats.mean] * 3, abs=1e-6)
 
 
-def test_what_cannot_be_frozen_is_refused(tamzoo, moving, tmp_path):  # noqa: F811
+def test_what_cannot_be_frozen_is_refused(tamzoo, moving, tmp_path):
     plain = tmp_path / "plain.safetensors"
     save_weights(plain, timm.create_model("resnet20_plain.cifar10").state_dict())
     out = tmp_path / "static.safetensors"

@@ -8,8 +8,9 @@ import torch
 import tamzoo
 from tamzoo.catalogue import DATASETS
 from tamzoo.data import normalise
+from tamzoo.deploy import check_parity
 from tamzoo.images import random_crops
-from tamzoo.onnx_export import check_parity, export_onnx, metadata_of, open_session, operators_of
+from tamzoo.onnx_export import export_onnx, metadata_of, open_session, operators_of, runner
 
 CIFAR10 = DATASETS["cifar10"]
 PIXELS = random_crops(256, 32)
@@ -98,7 +99,9 @@ def test_parity_counts_what_differs(static, tmp_path):
     export(folded, tmp_path / "x.onnx", model)
     with torch.no_grad():
         model.fc.bias[0] += 100.0
-    parity = check_parity(open_session(tmp_path / "x.onnx"), model, CIFAR10, PIXELS[:64])
+    parity = check_parity(
+        runner(open_session(tmp_path / "x.onnx")), model, CIFAR10, PIXELS[:64], program="onnxruntime"
+    )
     assert (
         not parity.passed and parity.same_top1 < 64 and parity.max_difference == pytest.approx(100, rel=0.01)
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tamzoo.journal import LOG_FIELDS
-from tamzoo.plots import COLOURS, DASHES, plot_error
+from tamzoo.plots import COLOURS, DASHES, plot_error, plot_latencies
+from tamzoo.records import Timing
 
 
 def logged(folder: Path, errors: list[float]) -> Path:
@@ -26,6 +27,17 @@ def test_error_is_drawn_against_epoch(tmp_path, kind):
     if kind == "svg":
         text = out.read_text()
         assert all(colour.lower() in text.lower() for colour in COLOURS[:3])
+
+
+def test_latencies_are_drawn_as_ratios(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        Timing(name=name, rounds=9, median_ms=1.0, ratio=ratio, ratio_low=ratio, ratio_high=1.1 * ratio)
+        for name, ratio in (("plain", 1.0), ("int8", 0.4))
+    ]
+    plot_latencies({"batch 1": rows, "batch 16": rows}, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert all(colour.lower() in text.lower() for colour in COLOURS[:2])
 
 
 def test_no_two_of_many_lines_look_alike():

@@ -9,12 +9,13 @@ import torch
 
 import tamzoo
 from tamzoo.catalogue import DATASETS
-from tamzoo.cli import DEMO_ENTRY, main
+from tamzoo.cli import main
 from tamzoo.data import normalise
 from tamzoo.gates import gates_of
 from tamzoo.images import PICTURES, random_crops
 from tamzoo.predict import predict, torch_classifier
 from tamzoo.results import record_of
+from tamzoo.terminal import DEMO_ENTRY
 
 CIFAR10 = DATASETS["cifar10"]
 

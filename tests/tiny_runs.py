@@ -1,6 +1,8 @@
 """Training runs small enough for a test: random images, one thread, a few steps."""
 
 import os
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,3 +49,16 @@ def in_a_fork(work: Callable[[], object], **environment: str) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def killed_in_a_fork(work: Callable[[], object], delay: float) -> bool:
+    """Runs `work` in a fork and kills it after `delay` seconds; False where it had ended before, well."""
+    pid, began = in_a_fork(work), time.monotonic()
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() - began < delay:
+        time.sleep(0.001)
+    if ended[0]:
+        assert ended[1] == 0, "what goes on after a kill failed"
+        return False
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True

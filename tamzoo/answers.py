@@ -1,0 +1,163 @@
+"""Batches of rows to tables of predictions, on all cores of this machine."""
+
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from tamzoo.images import decode_picture, open_picture
+from tamzoo.parts import Batch, Part, batches_of
+from tamzoo.predict import BATCH, Classifier
+from tamzoo.progress import Counted, Progress, silent
+from tamzoo.shards import Row
+
+MOST_WORKERS = 8  # each holds a batch and its activations; more cores go to the model's own threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of the rows of a batch or of a whole part.
+
+    Attributes:
+        table: A pyarrow table as `schema` says, a row for each of theirs, in their order.
+        model_s: Seconds in the model.
+    """
+
+    table: Any
+    model_s: float
+
+
+class Engine(Protocol):
+    """Where predictions are made."""
+
+    @property
+    def workers(self) -> int:
+        """How many run the model at the same time."""
+        ...
+
+    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Answer]]:
+        """The answer of each part, in any order, each once."""
+        ...
+
+
+def schema() -> Any:
+    """The columns of the output; where `error` is a text, `label`, `index`, `probability`, `top` are null."""
+    import pyarrow as pa
+
+    ranked = pa.struct([("label", pa.string()), ("index", pa.int32()), ("probability", pa.float32())])
+    return pa.schema(
+        [
+            pa.field("path", pa.string(), nullable=False),  # a shard's rows: SHARD.parquet:ROW
+            ("label", pa.string()),
+            ("index", pa.int32()),
+            ("probability", pa.float32()),
+            ("top", pa.list_(ranked)),  # best first
+            ("error", pa.string()),
+        ]
+    )
+
+
+def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
+    """The `top` likeliest classes of each row; one without a usable picture gets an error instead."""
+    import pyarrow as pa
+
+    _, h, w = classifier.input_size
+    pixels = np.empty((len(rows), h, w, 3), np.uint8)
+    told: list[dict[str, Any]] = []
+    good: list[dict[str, Any]] = []
+    for key, source in rows:
+        told.append(found := {"path": _utf8(key)})
+        try:
+            pixels[len(good)] = classifier.pixels(_picture(key, source))
+        except ValueError as error:
+            found["error"] = _utf8(str(error))
+        else:
+            good.append(found)
+    began = time.perf_counter()
+    best = classifier.best(pixels[: len(good)], top) if good else ()
+    model_s = time.perf_counter() - began
+    for found, *ranked in zip(good, *(each.tolist() for each in best), strict=True):
+        found["top"] = [
+            {"label": classifier.label(index), "index": index, "probability": p}
+            for index, p in zip(*ranked, strict=True)
+        ]
+        found |= found["top"][0]
+    return Answer(table=pa.Table.from_pylist(told, schema()), model_s=model_s)
+
+
+def _picture(key: str, source: Path | bytes | None) -> Image.Image:
+    if source is None:
+        raise ValueError(f"{key}: expected a picture, found null")
+    return open_picture(source) if isinstance(source, Path) else decode_picture(io.BytesIO(source), key)
+
+
+def _utf8(text: str) -> str:
+    """A text that parquet can hold: names of files need not be UTF-8."""
+    return os.fsencode(text).decode(errors="replace")
+
+
+def joined(answers: Sequence[Answer]) -> Answer:
+    """The answer of a part from those of its batches."""
+    import pyarrow as pa
+
+    table = pa.concat_tables([each.table for each in answers])
+    return Answer(table=table, model_s=sum(each.model_s for each in answers))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_and_threads() -> tuple[int, int]:
+    """How many batches are worked on at once on this machine, and how many threads the model has for each."""
+    workers = min(cores(), MOST_WORKERS)
+    return workers, cores() // workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """The engine of this machine: every worker is a thread that decodes a batch, then runs the model on it.
+
+    So one worker's decoding overlaps the others' inference, and no core waits at the end of a batch for
+    another one, as the threads of one operator would. Pillow and the runtimes release the GIL.
+    """
+
+    classifier: Classifier
+    workers: int
+    batch: int = BATCH
+    top: int = 5
+    progress: Progress = silent
+
+    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Answer]]:
+        steps = sum(-(-part.n // self.batch) for part in parts)
+        answers = ahead(self._answer, batches_of(parts, self.batch), self.workers)
+        waiting: list[Answer] = []
+        for batch, found in self.progress(Counted(answers, steps), "Predicting"):
+            waiting.append(found)
+            if batch.last:
+                yield batch.part, joined(waiting)
+                waiting.clear()
+
+    def _answer(self, batch: Batch) -> tuple[Batch, Answer]:
+        return batch, answer(self.classifier, batch.rows, self.top)
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """Results in order, worked out by threads that run at most two items each ahead of who asks."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,180 @@
+"""A job of many predictions: one parquet file, made of parts that survive a kill."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tamzoo.answers import Engine, schema
+from tamzoo.checkpoint import whole_file, write_whole
+from tamzoo.parts import Part, parts_folder
+from tamzoo.shards import parquet_library
+
+_PARTS_A_GROUP = 16  # a row group of the finished file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be predicted, by what, to where.
+
+    Attributes:
+        model: Tells the model from any other, for instance by a hash.
+        out: The parquet file; while the job is not finished its parts are in the folder OUT.parts.
+    """
+
+    model: str
+    parts: list[Part]
+    top: int
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return parts_folder(self.out)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What two calls must agree on to be of the same job."""
+        listing = hashlib.sha256()
+        for part in self.parts:
+            listing.update(json.dumps(asdict(part)).encode())
+        rows = sum(part.n for part in self.parts)
+        return {"model": self.model, "input": listing.hexdigest(), "rows": rows, "top": self.top}
+
+    def file_of(self, part: Part) -> Path:
+        return self.folder / f"{part.index:08d}.parquet"
+
+    def pending(self) -> list[Part]:
+        """The parts that are not written yet."""
+        return [part for part in self.parts if not self.file_of(part).exists()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How a job ended: `rows` and `errors` of the whole output, the others of this call."""
+
+    rows: int
+    errors: int
+    predicted: int
+    seconds: float
+    model_share: float  # of the workers' time, in the model
+
+
+def run_job(job: Job, engine: Engine) -> Summary:
+    """Predicts what is not yet predicted and writes the output, whole or not at all.
+
+    Each part is written as a whole under a name of its own, so that a kill or a full disk costs the parts in
+    work and no other, and a part that is answered twice is there once. The same call goes on with the rest;
+    once the output is there, it does nothing.
+
+    Raises:
+        ValueError: the output's name does not fit, or is taken by another job.
+        OSError: it cannot be written; says which rows are kept.
+    """
+    began, predicted, model_s = time.perf_counter(), 0, 0.0
+    if not _is_finished(job):
+        _open_folder(job)
+        for part, found in engine(job.pending()):
+            assert len(found.table) == part.n
+            with _keeping(job), whole_file(job.file_of(part)) as file:
+                parquet_library().write_table(found.table, file)
+            predicted += part.n
+            model_s += found.model_s
+        with _keeping(job):
+            _merge(job)
+    shutil.rmtree(job.folder, ignore_errors=True)
+    seconds = time.perf_counter() - began
+    return Summary(
+        rows=job.identity["rows"],
+        errors=_count_errors(job.out),
+        predicted=predicted,
+        seconds=seconds,
+        model_share=model_s / (engine.workers * seconds),
+    )
+
+
+def check_output(out: Path) -> None:
+    """Sees that a parquet file can be written there, before there is any work.
+
+    Raises:
+        ValueError: no .parquet, no such folder, or a folder itself.
+    """
+    if out.suffix != ".parquet":
+        raise ValueError(f"{out}: expected an output that ends in .parquet")
+    if out.is_dir():
+        raise ValueError(f"{out}: expected the name of a file, found a folder")
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no folder {out.parent}; make it first")
+
+
+def _is_finished(job: Job) -> bool:
+    if not job.out.exists():
+        return False
+    from pyarrow import ArrowException
+
+    try:
+        stored = (parquet_library().read_schema(job.out).metadata or {}).get(b"tamzoo", b"null")
+    except (ArrowException, OSError):
+        stored = b"null"
+    if json.loads(stored) != job.identity:
+        raise ValueError(
+            f"{job.out} is there already, not of this model and input; remove it or pass another --out"
+        )
+    return True
+
+
+def _open_folder(job: Job) -> None:
+    """Makes the folder of the parts, or goes on with the one that a kill has left."""
+    note = job.folder / "job.json"
+    with _keeping(job):
+        job.folder.mkdir(exist_ok=True)
+        if not note.exists():
+            write_whole(note, json.dumps(job.identity))
+    stored = json.loads(note.read_text())
+    if changed := [key for key, value in job.identity.items() if stored.get(key) != value]:
+        raise ValueError(
+            f"{job.folder} holds the parts of another job (other {', '.join(changed)}); "
+            "finish that job, remove the folder, or pass another --out"
+        )
+    for left in job.folder.glob(".*"):  # half a part, of a call that was killed
+        left.unlink()
+
+
+def _merge(job: Job) -> None:
+    """The parts, in their order, as one file."""
+    import pyarrow as pa
+
+    parquet, merged = parquet_library(), job.folder / "merged.parquet"
+    columns = schema().with_metadata({"tamzoo": json.dumps(job.identity)})
+    with whole_file(merged) as file, parquet.ParquetWriter(file, columns) as writer:
+        for start in range(0, len(job.parts), _PARTS_A_GROUP):
+            some = job.parts[start : start + _PARTS_A_GROUP]
+            table = pa.concat_tables([parquet.read_table(job.file_of(part)) for part in some])
+            writer.write_table(table.cast(columns))
+    merged.replace(job.out)
+
+
+def _count_errors(out: Path) -> int:
+    with parquet_library().ParquetFile(out) as file:
+        batches = file.iter_batches(columns=["error"])
+        return sum(len(batch) - batch.column(0).null_count for batch in batches)
+
+
+@contextmanager
+def _keeping(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kept = job.identity["rows"] - sum(part.n for part in job.pending())
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            error.errno,
+            f"cannot write {job.out}: {reason}; {kept} of {job.identity['rows']} rows are finished and kept "
+            f"in {job.folder}, from where the same command goes on",
+        ) from error

@@ -1,0 +1,125 @@
+"""The command that predicts."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tamzoo.terminal import DEMO_ENTRY, Weights, bar, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tamzoo.predict import Classifier
+
+    Load = Callable[[int], Classifier]  # from a number of threads, 0 for the runtime's own choice
+
+Triple = tuple[float, float, float]
+
+
+def predict(
+    images: Annotated[
+        list[str], typer.Argument(help="Pictures or folders; with --out also globs and parquet files.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Model or entry.")] = DEMO_ENTRY,
+    onnx: Annotated[Path | None, typer.Option(help="An ONNX file in place of the model.")] = None,
+    weights: Weights = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes a picture.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A parquet file to write; goes on after a kill.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --out: pictures a forward pass.")] = 64,
+    column: Annotated[str | None, typer.Option(help="With --out: the parquet files' image column.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="With --out: run on a Ray cluster, ADDRESS or local.")
+    ] = None,
+    mean: Annotated[
+        Triple | None, typer.Option(help="Of the channels in [0, 1], for an ONNX file that is not ours.")
+    ] = None,
+    std: Annotated[Triple | None, typer.Option(help="As --mean.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="For an ONNX file that is not ours: a class name a line.")
+    ] = None,
+) -> None:
+    """Classify pictures; with --out, any number of them."""
+    if onnx is None and (mean or std or labels):
+        raise ValueError("--mean, --std and --labels are for an ONNX file; pass --onnx FILE too")
+    load = partial(_onnx, onnx, mean, std, labels) if onnx else partial(_torch, model, weights)
+    if out is None:
+        _print_answers(images, load, top, as_json)
+    else:
+        _run_job(images, out, load, top=top, batch=batch, column=column, ray=ray)
+
+
+def _onnx(
+    path: Path, mean: Triple | None, std: Triple | None, labels: Path | None, threads: int
+) -> Classifier:
+    from tamzoo.predict import open_classifier
+
+    return open_classifier(path, threads, mean, std, labels)
+
+
+def _torch(name: str, weights: Path | None, threads: int) -> Classifier:
+    import torch
+
+    from tamzoo.fold import reparameterize_model
+    from tamzoo.predict import torch_classifier
+
+    if threads:
+        torch.set_num_threads(threads)
+    return torch_classifier(reparameterize_model(load_model(name, weights)[0]))
+
+
+def _print_answers(given: list[str], load: Load, top: int, as_json: bool) -> None:
+    from tamzoo.images import picture_paths
+    from tamzoo.predict import predict as classify
+
+    paths = picture_paths(map(Path, given))
+    answers = classify(load(0), paths, top, bar)
+    if as_json:
+        found = [
+            {"image": str(path), "top": [{"label": label, "probability": p} for label, p in answer]}
+            for path, answer in zip(paths, answers, strict=True)
+        ]
+        print(json.dumps(found, indent=2))
+        return
+    for path, answer in zip(paths, answers, strict=True):
+        print(f"{path}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in answer))
+
+
+def _run_job(
+    given: list[str],
+    out: Path,
+    load: Load,
+    *,
+    top: int,
+    batch: int,
+    column: str | None,
+    ray: str | None,
+) -> None:
+    from tamzoo.answers import Here, workers_and_threads
+    from tamzoo.batch import Job, check_output, run_job
+    from tamzoo.batch_ray import OnRay
+    from tamzoo.parts import list_parts
+
+    check_output(out)
+    parts = list_parts(given, out, column)
+    workers, threads = workers_and_threads()
+    classifier = load(threads)
+    job = Job(model=classifier.sha256, parts=parts, top=top, out=out)
+    if ray:
+        engine = OnRay(ray, load, classifier.sha256, batch, top, bar)
+    else:
+        engine = Here(classifier=classifier, workers=workers, batch=batch, top=top, progress=bar)
+    done = run_job(job, engine)
+    print(f"{out}: {done.rows} rows, {done.errors} of them errors")
+    if done.predicted:
+        print(
+            f"{done.predicted} rows in {done.seconds:.1f} s, {done.predicted / done.seconds:.1f} a second, "
+            f"on {engine.workers} workers; {100 * done.model_share:.0f} % of their time in the model"
+        )

@@ -1,0 +1,210 @@
+"""What leaves the zoo: a folded model, what its file tells of it, and the gate that every file passes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tamzoo import __version__
+from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.catalogue import DATASETS, ENTRIES, Dataset
+from tamzoo.checkpoint import whole_file
+from tamzoo.data import normalise
+from tamzoo.fold import FoldReport, reparameterize_model, report_of
+from tamzoo.gates import gates_of
+from tamzoo.images import random_crops
+from tamzoo.progress import Progress, silent
+
+PARITY_IMAGES = 256  # at least
+Run = Callable[[Tensor], Tensor]  # what a file takes -> logits (n, classes); a torch model is one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far a file's answers may be from the unfolded torch model's."""
+
+    difference: float  # largest of a logit, absolute
+    agreement: float = 1.0  # least share of images with the same top-1
+
+
+EXACT = Tolerance(difference=1e-3)
+FLOAT16 = Tolerance(difference=0.1, agreement=0.99)
+INT8 = Tolerance(difference=4.0, agreement=0.9)  # wide: finds what is broken, not what accuracy is lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """An exported file against the torch model that it came from."""
+
+    program: str  # what ran the file
+    n: int
+    max_difference: float  # absolute, logits
+    same_top1: int
+    tolerance: Tolerance = EXACT
+
+    @property
+    def passed(self) -> bool:
+        agrees = self.same_top1 >= self.tolerance.agreement * self.n
+        return agrees and self.max_difference <= self.tolerance.difference
+
+    def __str__(self) -> str:
+        least = f" (at least {self.tolerance.agreement:.0%})" if self.tolerance.agreement < 1 else ""
+        return (
+            f"{self.program} against unfolded torch on {self.n} images: largest logit difference "
+            f"{self.max_difference:.2g} (at most {self.tolerance.difference:g}), "
+            f"same top-1 on {self.same_top1}{least}"
+        )
+
+
+def check_parity(
+    run: Run,
+    reference: nn.Module,
+    dataset: Dataset,
+    pixels: Tensor,
+    *,
+    program: str,
+    uint8: bool = False,
+    tolerance: Tolerance = EXACT,
+    progress: Progress = silent,
+) -> Parity:
+    """Compares a file's logits with a torch model's on uint8 (n, 3, h, w) images.
+
+    Args:
+        run: The opened file.
+        uint8: It takes raw bytes, see `as_input`.
+        program: What a message calls whatever runs it.
+    """
+    largest, same = 0.0, 0
+    for batch in progress(pixels.split(64), "Checking parity"):
+        with torch.inference_mode():
+            expected = reference(normalise(batch, dataset))
+            found = run(as_input(batch, dataset, uint8))
+        largest = max(largest, (found - expected).abs().max().item())
+        same += int((found.argmax(1) == expected.argmax(1)).sum())
+    return Parity(program=program, n=len(pixels), max_difference=largest, same_top1=same, tolerance=tolerance)
+
+
+def as_input(pixels: Tensor, dataset: Dataset, uint8: bool = False) -> Tensor:
+    """uint8 (n, 3, h, w) -> normalised float32 of that shape, or raw (n, h, w, 3) where a file takes bytes.
+
+    Contiguous: an exporter would make the strides of its example part of the graph.
+    """
+    return (pixels.permute(0, 2, 3, 1) if uint8 else normalise(pixels, dataset)).contiguous()
+
+
+def write_checked(
+    path: Path,
+    write: Callable[[Path], object],
+    load: Callable[[Path], Run],
+    *,
+    reference: nn.Module,
+    dataset: Dataset,
+    pixels: Tensor,
+    **how: Any,
+) -> Parity:
+    """Writes a file that gets its name only if it answers as the reference does.
+
+    Args:
+        reference: The unfolded model, in eval mode on the CPU.
+        pixels: uint8 (n, 3, h, w) images to compare on, n >= 256.
+        how: As for `check_parity`.
+    Raises:
+        ValueError: too few images, training mode, or the parity fails: then there is no file.
+    """
+    if len(pixels) < PARITY_IMAGES:
+        raise ValueError(f"the parity check needs at least {PARITY_IMAGES} images, got {len(pixels)}")
+    if reference.training:
+        raise ValueError("export needs models in eval mode; call model.eval() first")
+    with whole_file(path) as part:
+        write(part)
+        parity = check_parity(load(part), reference, dataset, pixels, **how)
+        if not parity.passed:
+            raise ValueError(f"{path} is not written, the export disagrees with the model: {parity}")
+    return parity
+
+
+def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[str, Any]:
+    """What every exported file tells about its input and output."""
+    return {
+        "labels": dataset.class_names,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "input_size": dataset.input_size,
+        "input": "uint8 NHWC" if uint8 else "float32 NCHW",
+        "gates_left": list(gates_of(deployed)),
+    }
+
+
+def as_texts(told: dict[str, Any]) -> dict[str, str]:
+    """Texts as they are, lists and objects as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A model of ours made ready for export.
+
+    Attributes:
+        name: `architecture.tag`.
+        model: What a file computes: folded, unless its gates were to be kept.
+        reference: What a file must agree with: the model as it came.
+        pixels: uint8 (n, 3, h, w), for the parity check.
+        report: What folding did; None where the gates were to be kept.
+        told: What a file tells of the model, beside `told_of`.
+    """
+
+    name: str
+    model: nn.Module
+    reference: nn.Module
+    dataset: Dataset
+    pixels: Tensor
+    report: FoldReport | None
+    told: dict[str, Any]
+
+
+def deployment(
+    model: nn.Module,
+    *,
+    pixels: Tensor | None = None,
+    weights_sha256: str | None = None,
+    keep_gates: bool = False,
+    tolerance: float = GATE_TOLERANCE,
+) -> Deployment:
+    """Folds a model of ours by the gates that it carries, and collects what its file should tell.
+
+    Args:
+        model: In eval mode on the CPU, as `timm.create_model` made it.
+        pixels: Images for the parity check; by default crops of the shipped pictures.
+        weights_sha256: Of the model's weights file; by default the catalogue's.
+        keep_gates: Do not fold; there is no fold report then.
+    Raises:
+        ValueError: as `reparameterize_model`.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
+    name, dataset = f"{cfg['architecture']}.{cfg['tag']}", DATASETS[cfg["tag"]]
+    entry, report, deployed = ENTRIES.get(name), None, model
+    if not keep_gates:
+        deployed = reparameterize_model(model, tolerance=tolerance)
+        report = report_of(deployed)
+    if weights_sha256 is None:
+        weights_sha256 = entry.trained.sha256 if entry and entry.trained else ""
+    told = {
+        "entry": name,
+        "version": __version__,
+        "weights_sha256": weights_sha256,
+        "gates": report.folded if report else {},
+        "fold_report": str(report) if report else "exported with its gates",
+    }
+    return Deployment(
+        name=name,
+        model=deployed,
+        reference=model,
+        dataset=dataset,
+        pixels=random_crops(PARITY_IMAGES, dataset.input_size[-1]) if pixels is None else pixels,
+        report=report,
+        told=told,
+    )

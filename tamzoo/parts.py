@@ -1,0 +1,156 @@
+"""Pictures in files, folders, globs and parquet shards, as parts: fixed ranges of one sorted listing."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tamzoo.images import SUFFIXES
+from tamzoo.shards import Row, open_shard, shard_rows
+
+PART_ROWS = 1024  # at most; work that a kill costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some pictures, or some rows of one parquet shard, answered as a whole.
+
+    Attributes:
+        index: Its place among the parts of the job: 0, 1, ...
+        paths: Of the pictures; empty for a part of a shard.
+        shard: A parquet file; empty for pictures.
+        column: The shard's column that holds the pictures.
+        start: Its first row in the shard.
+    """
+
+    index: int
+    n: int
+    paths: tuple[str, ...] = ()
+    shard: str = ""
+    column: str = ""
+    start: int = 0
+
+    def follows(self, other: "Part | None") -> bool:
+        """Whether its rows come right after the other's in the same shard."""
+        if other is None or not self.shard:
+            return False
+        return self.shard == other.shard and self.start == other.start + other.n
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows; where it is of a shard, also those after it."""
+        if self.shard:
+            return shard_rows(self.shard, self.column, self.start)
+        return ((path, Path(path)) for path in self.paths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows that go through the model together, all of one part."""
+
+    part: Part
+    rows: list[Row]
+    last: bool  # of its part
+
+
+def list_parts(given: Iterable[str], out: Path, column: str | None = None) -> list[Part]:
+    """The parts of a job, the same at every call while the files are.
+
+    Args:
+        given: Pictures, parquet shards, folders of either (with their subfolders) and globs.
+        out: The job's output, no input even where it lies among them.
+        column: The shards' with the pictures, where they have several that could be.
+    Raises:
+        ValueError: nothing there, a folder or glob without pictures, a shard without an image column.
+    """
+    parts: list[Part] = []
+    pictures: list[str] = []
+
+    def close() -> None:
+        if pictures:
+            parts.append(Part(index=len(parts), n=len(pictures), paths=tuple(pictures)))
+            pictures.clear()
+
+    for path in dict.fromkeys(path for one in given for path in _files(one)):
+        if _is_output(path, out):
+            continue
+        if not path.endswith(".parquet"):
+            pictures.append(path)
+            if len(pictures) == PART_ROWS:
+                close()
+            continue
+        close()
+        n, name = open_shard(path, column)
+        for start in range(0, n, PART_ROWS):
+            rows = min(PART_ROWS, n - start)
+            parts.append(Part(index=len(parts), n=rows, shard=path, column=name, start=start))
+    close()
+    if not parts:
+        raise ValueError(f"{', '.join(given)}: no rows, so nothing to predict")
+    return parts
+
+
+def batches_of(parts: Iterable[Part], size: int) -> Iterator[Batch]:
+    """The rows of parts in batches of at most `size`; parts that follow one another are read in one pass.
+
+    Raises:
+        ValueError: a shard has fewer rows than it had when it was listed.
+    """
+    before, rows = None, iter(())
+    for part in parts:
+        rows = rows if part.follows(before) else part.rows()
+        before = part
+        for begin in range(0, part.n, size):
+            wanted = min(size, part.n - begin)
+            found = list(islice(rows, wanted))
+            if len(found) < wanted:
+                raise ValueError(f"{part.shard}: it has fewer rows than a moment ago; run the job again")
+            yield Batch(part=part, rows=found, last=begin + wanted == part.n)
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the finished parts of a job wait for the others."""
+    return out.with_name(f"{out.name}.parts")
+
+
+def _is_output(path: str, out: Path) -> bool:
+    if not path.endswith(".parquet"):
+        return False
+    resolved = Path(path).resolve()
+    return resolved == out.resolve() or resolved.parent == parts_folder(out).resolve()
+
+
+def _files(given: str) -> Iterator[str]:
+    if Path(given).is_dir():
+        yield from _files_in(given)
+    elif Path(given).is_file():
+        yield given
+    elif glob.has_magic(given):
+        found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 (pathlib has no absolute globs)
+        if not found:
+            raise ValueError(f"{given}: matches nothing; expected pictures or parquet files")
+        for path in found:
+            yield from _files_in(path) if Path(path).is_dir() else (path,)
+    else:
+        raise ValueError(f"{given}: expected pictures, a folder, a glob or parquet files, found nothing")
+
+
+def _files_in(folder: str) -> Iterator[str]:
+    """Pictures and shards under a folder in a fixed order; what is hidden is left out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, others = False, 0
+    for here, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(here, name) for name in sorted(files) if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES | {".parquet"}:
+                found = True
+                yield str(path)
+            else:
+                others += 1
+    if not found:
+        told = f"a folder of {others} files, none a picture" if others else "an empty folder"
+        raise ValueError(f"{folder}: {told}; expected .jpg, .png, .webp or another image file, or .parquet")

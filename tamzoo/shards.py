@@ -1,0 +1,90 @@
+"""Parquet shards that hold pictures: which column, and its rows one by one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = tuple[
+    str, Path | bytes | None
+]  # a key; a picture's file, the bytes of one, or None where there is none
+
+_READ_ROWS = 64  # in memory at once
+_READ_BYTES = 2**20
+_PATH_COLUMNS = ("image", "img", "path", "file", "file_name")  # texts under another name are no pictures
+
+
+def parquet_library() -> Any:
+    """pyarrow's parquet module.
+
+    Raises:
+        ValueError: it is not installed; says how.
+    """
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("parquet needs pyarrow; pip install 'tamzoo[export]'") from error
+    return parquet
+
+
+def open_shard(path: str, column: str | None = None) -> tuple[int, str]:
+    """The number of rows of a shard and its image column: the Hub's {bytes, path}, plain bytes, or paths.
+
+    Raises:
+        ValueError: not a parquet file, no such column, or several where `column` does not say which.
+    """
+    parquet = parquet_library()
+    from pyarrow import ArrowException
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema, n = file.schema_arrow, file.metadata.num_rows
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
+    pictures = [field.name for field in schema if _holds_bytes(field.type)]
+    texts = [field.name for field in schema if _is_text(field.type)]
+    found = pictures or [name for name in texts if name in _PATH_COLUMNS]
+    if column is not None:
+        found = [column] if column in (*pictures, *texts) else []
+    if len(found) != 1:
+        there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        wanted = f"column {column} with pictures" if column else "image column"
+        raise ValueError(
+            f"{path}: {'several columns' if found else f'no {wanted}'}, expected {{bytes, path}}, bytes or "
+            f"paths of pictures; found {there}; say which with --column"
+        )
+    return n, found[0]
+
+
+def shard_rows(path: str, column: str, start: int) -> Iterator[Row]:
+    """The rows of a shard from `start` to its end."""
+    with parquet_library().ParquetFile(path, buffer_size=_READ_BYTES) as file:
+        group = number = 0
+        while number + (rows := file.metadata.row_group(group).num_rows) <= start:
+            group, number = group + 1, number + rows
+        groups = range(group, file.num_row_groups)
+        for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=[column]):
+            cells = batch.column(0).slice(max(0, start - number)).to_pylist()
+            for row, cell in enumerate(cells, max(number, start)):
+                yield f"{path}:{row}", _picture(cell, Path(path).parent)
+            number += len(batch)
+
+
+def _picture(cell: Any, folder: Path) -> Path | bytes | None:
+    """What a cell holds: the bytes of a file, else its path from the shard's folder."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] or cell.get("path")
+    return folder / cell if isinstance(cell, str) else cell
+
+
+def _holds_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)

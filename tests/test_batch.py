@@ -1,0 +1,285 @@
+"""Many predictions: every row once, whatever the input and whenever the job is killed."""
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+import tamzoo.batch
+from tamzoo.answers import Here, ahead, answer
+from tamzoo.batch import Job, run_job
+from tamzoo.images import PICTURES, open_picture
+from tamzoo.parts import batches_of, list_parts, parts_folder
+from tests.colours import colour_classifier, colour_onnx, coloured, expect_colours
+from tests.conftest import refused
+
+HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr("tamzoo.parts.PART_ROWS", 10)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    for n in range(120):
+        path = folder / str(n // 50) / f"{n:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(coloured(n))
+    return folder
+
+
+def shard(path: Path, cells: list, kind: pa.DataType, name: str = "image", group: int = 7) -> str:
+    table = pa.table({"label": range(len(cells)), name: pa.array(cells, kind)})
+    parquet.write_table(table, path, row_group_size=group)
+    return str(path)
+
+
+def job_of(given, out, **changes) -> Job:
+    return replace(Job(model="colours", parts=list_parts(map(str, given), out), top=5, out=out), **changes)
+
+
+def run(given, out, **changes):
+    engine = Here(classifier=colour_classifier(), workers=2, batch=4)
+    return run_job(job_of(given, out, **changes), engine)
+
+
+def rows_of(out: Path) -> list[dict]:
+    return parquet.read_table(out).to_pylist()
+
+
+def test_every_picture_under_a_folder_is_a_row(pictures, tmp_path):
+    (pictures / "notes.txt").write_text("no picture")
+    (pictures / ".hidden.png").write_bytes(coloured(0))
+    done = run([pictures, pictures / "1"], tmp_path / "x.parquet")  # a picture named twice is one row
+    assert (done.rows, done.errors, done.predicted) == (120, 2, 120)
+    rows = rows_of(tmp_path / "x.parquet")
+    expect_colours(rows, 120)
+    assert [row["path"] for row in rows] == [str(path) for path in sorted(pictures.rglob("[0-9]*.png"))]
+    run([pictures / "*" / "*.png"], tmp_path / "glob.parquet")
+    assert rows_of(tmp_path / "glob.parquet") == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["glob.parquet", "pictures", "x.parquet"]
+
+
+@pytest.mark.parametrize("layout", ["hub", "hub-paths", "bytes", "paths"])
+def test_every_row_of_a_shard_is_a_row(pictures, tmp_path, layout):
+    files = sorted(pictures.rglob("*.png"))
+    paths = [str(path.relative_to(tmp_path)) for path in files]
+    if layout == "hub":
+        cells, kind = [{"bytes": file.read_bytes(), "path": "x"} for file in files], HUB
+    elif layout == "hub-paths":
+        cells, kind = [{"bytes": None, "path": path} for path in paths], HUB
+    else:
+        cells = [file.read_bytes() for file in files] if layout == "bytes" else paths
+        kind = pa.binary() if layout == "bytes" else pa.string()
+    path = shard(tmp_path / "x.parquet", cells, kind)
+    run([path], tmp_path / "out.parquet")
+    rows = rows_of(tmp_path / "out.parquet")
+    expect_colours(rows, 120)
+    assert [row["path"] for row in rows] == [f"{path}:{n}" for n in range(120)]
+
+
+@pytest.mark.parametrize("group", [1, 7, 10, 64, 200])
+def test_a_shard_reads_the_same_from_any_part(tmp_path, group):
+    cells = [None if n == 5 else b"%d" % n for n in range(143)]
+    parts = list_parts(
+        [shard(tmp_path / "x.parquet", cells, pa.binary(), group=group)], tmp_path / "o.parquet"
+    )
+    assert [part.n for part in parts] == [10] * 14 + [3]
+    for some in (parts, parts[9:], parts[::2], parts[5:6] + parts[11:]):
+        batches = list(batches_of(some, 4))
+        found = [picture for batch in batches for _, picture in batch.rows]
+        assert found == [cell for part in some for cell in cells[part.start : part.start + part.n]]
+        assert [batch.part for batch in batches if batch.last] == some
+
+
+def test_a_row_without_a_picture_says_so(tmp_path):
+    path = shard(tmp_path / "x.parquet", [None, {"bytes": None, "path": None}, {"bytes": coloured(2)}], HUB)
+    assert run([path], tmp_path / "out.parquet").errors == 2
+    rows = rows_of(tmp_path / "out.parquet")
+    assert [row["error"] for row in rows] == [
+        f"{path}:{n}: expected a picture, found null" for n in (0, 1)
+    ] + [None]
+    assert rows[2]["label"] == "blue" and rows[0]["top"] is None
+
+
+def test_what_the_single_picture_path_refuses_is_an_error_of_the_same_words(tmp_path):
+    whole = (PICTURES / "cat.jpg").read_bytes()
+    path = tmp_path / "half.jpg"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged") as refusal:
+        open_picture(path)
+    (row,) = answer(colour_classifier(), [(str(path), path)]).table.to_pylist()
+    assert row["error"] == str(refusal.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are texts elsewhere")
+def test_a_name_that_is_no_text_costs_nothing_but_its_odd_byte(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/pictures/\xff.png")).write_bytes(coloured(1))
+    run([tmp_path / "pictures"], tmp_path / "x.parquet")
+    (row,) = rows_of(tmp_path / "x.parquet")
+    assert row["label"] == "green" and row["path"] == str(tmp_path / "pictures" / "\ufffd.png")
+
+
+def test_a_job_goes_on_where_a_full_disk_stopped_it(pictures, tmp_path, monkeypatch):
+    out, whole_file, written = tmp_path / "x.parquet", tamzoo.batch.whole_file, []
+
+    def fills(path):
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        return whole_file(path)
+
+    monkeypatch.setattr("tamzoo.batch.whole_file", fills)
+    with pytest.raises(
+        OSError,
+        match=r"cannot write .*x.parquet: No space left on device; 50 of 120 rows are finished and kept",
+    ):
+        run([pictures], out)
+    assert not out.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("tamzoo.parts.PART_ROWS", 10)
+    (parts_folder(out) / ".half.parquet").write_bytes(b"left by a kill")
+    assert run([pictures], out).predicted == 70
+    expect_colours(rows_of(out), 120)
+    assert not parts_folder(out).exists()
+
+
+def test_a_finished_job_is_not_done_again_and_no_other_is_overwritten(pictures, tmp_path):
+    out = tmp_path / "x.parquet"
+    run([pictures], out)
+    parts_folder(out).mkdir()  # as a kill leaves it right after the output got its name
+    done = run([pictures], out)
+    assert (done.rows, done.errors, done.predicted) == (120, 2, 0) and not parts_folder(out).exists()
+    for changes in ({"model": "another"}, {"top": 1}):
+        with pytest.raises(ValueError, match="there already, not of this model and input"):
+            run([pictures], out, **changes)
+    expect_colours(rows_of(out), 120)
+
+
+def test_the_parts_of_another_job_are_refused(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "x.parquet"
+    monkeypatch.setattr("tamzoo.batch._merge", lambda job: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        run([pictures], out)
+    with pytest.raises(ValueError, match=r"parts of another job \(other model\)"):
+        run([pictures], out, model="another")
+    (pictures / "0" / "000.png").rename(pictures / "0" / "000b.png")
+    with pytest.raises(ValueError, match=r"parts of another job \(other input\)"):
+        run([pictures], out)
+
+
+def test_an_output_among_its_inputs_is_no_input(pictures):
+    out = pictures / "x.parquet"
+    first = job_of([pictures], out)
+    parts_folder(out).mkdir()
+    shard(parts_folder(out) / "00000000.parquet", [coloured(0)], pa.binary())
+    shard(out, [coloured(0)], pa.binary())
+    for given in ([pictures], [pictures / "**"], [pictures, out]):
+        assert job_of(given, out).identity["rows"] == first.identity["rows"] == 120
+
+
+def test_workers_are_few_batches_ahead_and_answers_stay_in_order():
+    taken = []
+
+    def items():
+        for n in range(50):
+            taken.append(n)
+            yield n
+
+    for n, found in enumerate(ahead(lambda x: x * x, items(), 3)):
+        assert found == n * n and len(taken) <= n + 6
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda x: 1 // x, range(3), 2))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_job_ends_as_one_left_alone(tmp_path, kills):
+    script = Path(__file__).with_name("batch_runs.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(tmp_path), str(kills), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    assert "640 rows, the same as when left alone" in done.stdout
+
+
+# The command line.
+
+FOREIGN = ("--mean", 0, 0, 0, "--std", 1, 1, 1)
+
+
+def test_the_command_tells_rows_errors_and_speed(tamzoo, pictures, tmp_path):
+    onnx = colour_onnx(tmp_path / "x.onnx")
+    arguments = (pictures, "--onnx", onnx, *FOREIGN, "-o", tmp_path / "out.parquet", "--batch", 7, "--top", 2)
+    code, out, err = tamzoo("predict", *arguments)
+    assert code == 0, err
+    assert "120 rows, 2 of them errors" in out and "a second" in out and "in the model" in out
+    rows = rows_of(tmp_path / "out.parquet")
+    assert [row["index"] for row in rows[:6]] == [0, 1, 2, 0, 1, 2]
+    assert rows[0]["label"] == "0" and len(rows[0]["top"]) == 2
+    code, out, _ = tamzoo("predict", *arguments)
+    assert code == 0 and "a second" not in out
+
+
+def test_a_torch_model_predicts_in_batches_what_it_predicts_one_by_one(tamzoo, tmp_path):
+    import json
+
+    code, out, err = tamzoo("predict", PICTURES, "--json")
+    single = json.loads(out)
+    code, _, err = tamzoo("predict", PICTURES, "--out", tmp_path / "x.parquet", "--batch", 2)
+    assert code == 0, err
+    for row, expected in zip(rows_of(tmp_path / "x.parquet"), single, strict=True):
+        assert row["path"] == expected["image"] and row["label"] == expected["top"][0]["label"]
+        assert row["probability"] == pytest.approx(expected["top"][0]["probability"], abs=1e-5)
+
+
+def test_bad_inputs_are_refused_in_one_sentence(tamzoo, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "x.txt").write_text("x")
+    parquet.write_table(pa.table({"label": [1], "text": ["x"]}), tmp_path / "labels.parquet")
+    parquet.write_table(pa.table({"a": [b"x"], "b": [b"x"]}), tmp_path / "two.parquet")
+    parquet.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    (tmp_path / "broken.parquet").write_text("x")
+    out = ("--out", tmp_path / "out.parquet")
+    for name, words in {
+        "empty": "an empty folder; expected .jpg",
+        "texts": "a folder of 1 files, none a picture",
+        "*.jpg": "matches nothing",
+        "missing": "found nothing",
+        "labels.parquet": "no image column, expected {bytes, path}, bytes or paths of pictures; found label",
+        "two.parquet": "several columns",
+        "none.parquet": "no rows, so nothing to predict",
+        "broken.parquet": "not a whole parquet file",
+    }.items():
+        refused(tamzoo("predict", tmp_path / name, *out), words)
+    refused(tamzoo("predict", tmp_path / "two.parquet", *out, "--column", "c"), "no column c with pictures")
+    refused(tamzoo("predict", pictures, "--onnx", tmp_path / "x.onnx", *out), "expected an ONNX file, found")
+    foreign = colour_onnx(tmp_path / "x.onnx")
+    refused(
+        tamzoo("predict", pictures, "--onnx", foreign, *out), "lack entry", "--mean R G B", "--labels FILE"
+    )
+    refused(tamzoo("predict", pictures, *FOREIGN, *out), "pass --onnx FILE too")
+    assert not (tmp_path / "out.parquet").exists() and not parts_folder(tmp_path / "out.parquet").exists()
+
+
+def test_bad_outputs_are_refused_before_any_work(tamzoo, pictures, tmp_path):
+    refused(
+        tamzoo("predict", pictures, "--out", tmp_path / "x.csv"), "expected an output that ends in .parquet"
+    )
+    refused(tamzoo("predict", pictures, "--out", tmp_path / "no" / "x.parquet"), "there is no folder")
+    (tmp_path / "x.parquet").mkdir()
+    refused(tamzoo("predict", pictures, "--out", tmp_path / "x.parquet"), "found a folder")
+    parquet.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    refused(tamzoo("predict", pictures, "--out", tmp_path / "other.parquet"), "is there already")

@@ -1,0 +1,87 @@
+"""Inference is compared in a few rounds of a small network; the figures themselves are not tested."""
+
+import csv
+import sys
+
+import pytest
+
+from export import benchmark
+from export.benchmark_infer import check_load, describe, markdown
+from tamzoo.fold import FoldReport
+from tamzoo.records import Timing
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command line on an idle machine: exit code, standard output, standard error."""
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 9.0, 9.0))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "infer", *map(str, arguments)])
+        try:
+            benchmark.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_programs_are_compared_in_one_run_and_reported(command, tmp_path):
+    programs = ("TAM folded", "int8", "torch")
+    options = ("--model", "resnet20", "--batches", 1, 2, "--rounds", 3, "--csv", tmp_path / "x.csv")
+    code, out, err = command(*options, "--plot", tmp_path / "x.png", "--programs", *programs)
+    assert code == 0, err
+    assert "resnet20, cifar10: random weights, gates folded by their means, 9 of 9 gates folded" in out
+    assert "Operators of plain and folded graph alike: 9 Add, 21 Conv" in out
+    assert "| program | batch 1 | of plain (quartiles) | batch 2 | of plain (quartiles) |" in out
+    assert "`python -m export.benchmark infer --model resnet20" in out and "1 threads" in out
+    assert "load 0.00 before the run" in out
+    with (tmp_path / "x.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["name"]) for row in rows] == [
+        (batch, name) for batch in "12" for name in ("plain", *programs)
+    ]
+    assert all(row["rounds"] == "3" and float(row["median_ms"]) > 0 for row in rows)
+    assert all(float(row["ratio"]) == 1 for row in rows if row["name"] == "plain")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_graphs_that_differ_after_folding_all_gates_are_an_error():
+    plain, folded = {"Conv": 1}, {"Conv": 1, "Sigmoid": 1}
+    all_folded = FoldReport(folded={"a.se": 0.5}, kept={}, tolerance=1e-4)
+    with pytest.raises(RuntimeError, match="those of the plain graph are {'Conv': 1}"):
+        describe("resnet20_tam.cifar10", all_folded, plain, folded)
+    some_kept = FoldReport(folded={"a.se": 0.5}, kept={"b.se": "moves"}, tolerance=1e-4)
+    told = describe("wrn10_4_tam.cifar10", some_kept, plain, folded)
+    assert told == "trained weights, 1 of 2 gates folded. Operators of the folded graph: 1 Conv, 1 Sigmoid"
+
+
+def test_a_busy_machine_is_refused_unless_forced(monkeypatch, command):
+    monkeypatch.setattr("os.getloadavg", lambda: (3.0, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with pytest.raises(ValueError, match="its load was 3.00 .* at most 0.50 on 2 cores"):
+        check_load(force=False)
+    assert check_load(force=True) == 3.0
+    code, _, err = command()
+    assert code == 2 and err.startswith("error: the machine is busy")
+
+
+def test_bad_options_are_one_sentence(command, tmp_path):
+    for options, told in {
+        ("--rounds", 1, 2): "as many --rounds as --batches or one, got [1, 2] for [1, 16, 128]",
+        ("--batches", 0, "--rounds", 1): "expected positive numbers",
+        ("--plot", tmp_path / "x.bmp"): "expected a picture named .png, .svg or .pdf",
+    }.items():
+        code, _, err = command(*options)
+        assert code == 2 and err.startswith("error: ") and told in err
+
+
+def test_the_table_has_a_row_a_program():
+    row = Timing(name="plain", rounds=3, median_ms=2, ratio=1, ratio_low=1, ratio_high=1)
+    assert markdown({1: [row], 16: [row]}).splitlines() == [
+        "| program | batch 1 | of plain (quartiles) | batch 16 | of plain (quartiles) |",
+        "|---|---|---|---|---|",
+        "| plain | 2.00 ms | 1.00 (1.00 to 1.00) | 2.00 ms | 1.00 (1.00 to 1.00) |",
+    ]

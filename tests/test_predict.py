@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto
+from PIL import Image
+from timm.data import create_transform
+
+from tamzoo.images import PICTURES, open_picture
+from tamzoo.predict import Classifier, open_classifier, predict
+from tests.colours import LABELS, colour_onnx
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+OURS = {"entry": "x", "labels": "null", "mean": "[0, 0, 0]", "std": "[1, 1, 1]", "input": "float32 NCHW"}
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875])
+@pytest.mark.parametrize("size", [(32, 32), (40, 70), (20, 9)])
+def test_pictures_become_what_timms_transform_makes_of_them(size, crop_pct):
+    seen = []
+    classifier = Classifier(
+        run=lambda batch: seen.append(batch) or np.zeros((len(batch), 2), np.float32),
+        labels=None,
+        input_size=(3, 32, 32),
+        mean=MEAN,
+        std=STD,
+        crop_pct=crop_pct,
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    classifier.best(np.stack([classifier.pixels(picture)]), 1)
+    transform = create_transform((3, 32, 32), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=crop_pct)
+    assert torch.equal(torch.from_numpy(seen[0][0]), transform(picture))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_a_file_that_is_not_ours_is_used_with_what_it_does_not_tell(tmp_path, kind):
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS))
+    path = colour_onnx(tmp_path / "x.onnx", kind)
+    Image.new("RGB", (8, 8), (10, 200, 30)).save(tmp_path / "x.png")
+    zeros, ones = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    classifier = open_classifier(path, mean=zeros, std=ones, labels=tmp_path / "labels.txt")
+    ((best, *_),) = predict(classifier, [tmp_path / "x.png"])
+    scores = np.exp(np.array([10, 200, 30]) / 255)
+    assert best[0] == "green" and best[1] == pytest.approx(scores[1] / scores.sum(), abs=1e-3)
+    classifier = open_classifier(path, mean=zeros, std=ones)
+    assert predict(classifier, [tmp_path / "x.png"])[0][0][0] == "1"
+
+
+def test_a_file_that_is_not_ours_says_what_is_missing_and_how_to_pass_it(tmp_path):
+    path = colour_onnx(tmp_path / "x.onnx", entry="x")
+    with pytest.raises(
+        ValueError,
+        match=r"lack input, input_size, labels, mean, std; .*--mean R G B, --std R G B and --labels",
+    ):
+        open_classifier(path)
+    with pytest.raises(ValueError, match="--mean and --std belong together"):
+        open_classifier(path, mean=MEAN)
+
+
+def test_graphs_that_do_not_fit_are_refused(tmp_path):
+    other = colour_onnx(tmp_path / "size.onnx", **OURS, input_size="[3, 32, 32]")
+    with pytest.raises(ValueError, match=r"graph takes \(3, 8, 8\) as float, its metadata say \(3, 32, 32\)"):
+        open_classifier(other)
+    one = colour_onnx(tmp_path / "one.onnx", batch=1)
+    with pytest.raises(ValueError, match=r"any batch size.*image: tensor\(float\) \[1, 3, 8, 8\]"):
+        open_classifier(one, mean=MEAN, std=STD)
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    path = colour_onnx(tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match="has 3 classes, but there are 2 labels"):
+        open_classifier(path, mean=MEAN, std=STD, labels=tmp_path / "labels.txt")
+
+
+def test_models_are_told_apart(tmp_path):
+    path = colour_onnx(tmp_path / "x.onnx")
+    zeros = (0.0, 0.0, 0.0)
+    first, same = (open_classifier(path, mean=zeros, std=STD).sha256 for _ in range(2))
+    assert first == same != open_classifier(path, mean=MEAN, std=STD).sha256
+    assert open_classifier(colour_onnx(path, a="b"), mean=zeros, std=STD).sha256 != first
+
+
+def test_shipped_pictures_may_be_of_any_size(tmp_path):
+    path = colour_onnx(tmp_path / "x.onnx")
+    answers = predict(open_classifier(path, mean=MEAN, std=STD), sorted(PICTURES.glob("*.jpg")))
+    assert len(answers) == 5 and all(sum(p for _, p in answer) == pytest.approx(1) for answer in answers)
+    assert open_picture(PICTURES / "cat.jpg").size != (8, 8)

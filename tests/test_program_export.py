@@ -1,0 +1,107 @@
+import io
+import json
+import zipfile
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tamzoo.catalogue import DATASETS
+from tamzoo.cli import DEMO_ENTRY
+from tamzoo.data import normalise
+from tamzoo.deploy import as_input, deployment
+from tamzoo.images import random_crops
+from tamzoo.program_export import EXPORTERS, export_plain, export_program, exporter_for, load_program
+
+CIFAR10 = DATASETS["cifar10"]
+PIXELS = random_crops(256, 32)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return deployment(timm.create_model(DEMO_ENTRY, pretrained=True).eval(), pixels=PIXELS)
+
+
+def logits(model, pixels=PIXELS[:8]):
+    with torch.no_grad():
+        return model(normalise(pixels, CIFAR10))
+
+
+def test_the_plain_checkpoint_loads_strictly_into_the_plain_architecture(made, tmp_path):
+    path = tmp_path / "plain.safetensors"
+    parity = export_plain(made, path)
+    assert parity.same_top1 == 256 and parity.max_difference <= 1e-3
+    plain = timm.create_model("wrn10_4_plain.cifar10").eval()
+    plain.load_state_dict(load_file(path), strict=True)
+    torch.testing.assert_close(logits(plain), logits(made.reference), rtol=1e-3, atol=1e-3)
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+    assert told["format"] == "pt" and told["architecture"] == "wrn10_4_plain.cifar10"
+    assert told["entry"] == DEMO_ENTRY and json.loads(told["labels"])[3] == "cat"
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+def test_a_program_answers_for_any_batch_and_tells_what_an_onnx_file_tells(made, tmp_path, uint8):
+    path = tmp_path / "model.pt2"
+    export_program(made, path, uint8=uint8)
+    extra = {"tamzoo.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    for n in (1, 3, 8):
+        found = program(as_input(PIXELS[:n], CIFAR10, uint8))
+        torch.testing.assert_close(found, logits(made.reference, PIXELS[:n]), rtol=1e-3, atol=1e-3)
+    told = json.loads(extra["tamzoo.json"])
+    assert told["entry"] == DEMO_ENTRY and told["input"] == ("uint8 NHWC" if uint8 else "float32 NCHW")
+    assert not any("sigmoid" in str(node.target) for node in program.graph.nodes), "the gates are gone"
+
+
+def test_a_program_file_holds_no_pickle_that_could_run_code(made, tmp_path):
+    export_program(made, tmp_path / "model.pt2")
+    archive = zipfile.ZipFile(tmp_path / "model.pt2")
+    configs = [name for name in archive.namelist() if name.endswith("_config.json")]
+    assert configs
+    for name in configs:
+        rows = json.loads(archive.read(name))["config"].values()
+        assert not any(row["use_pickle"] for row in rows)
+    (sample,) = (name for name in archive.namelist() if "sample_inputs" in name)
+    torch.load(io.BytesIO(archive.read(sample)), weights_only=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2"])
+def test_a_file_that_disagrees_is_not_written(made, tmp_path, suffix):
+    wrong = torch.nn.Sequential(made.reference, torch.nn.Hardtanh(-1, 1)).eval()
+    with pytest.raises(ValueError, match="is not written, the export disagrees with the model"):
+        EXPORTERS[suffix](replace(made, reference=wrong), tmp_path / f"x{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_become_a_plain_checkpoint_is_refused(made, tmp_path):
+    path = tmp_path / "x.safetensors"
+    unmeasured = deployment(timm.create_model("resnet20_tam.cifar10").eval(), pixels=PIXELS)
+    with pytest.raises(
+        ValueError,
+        match="become a resnet20_plain.cifar10 checkpoint: 9 of its attentions stay .first: layer1.0.se",
+    ):
+        export_plain(unmeasured, path)
+    se = deployment(timm.create_model("resnet20_se.cifar10").eval(), pixels=PIXELS)
+    with pytest.raises(ValueError, match="SEModule depends on its input by design.; export to .onnx or .pt2"):
+        export_plain(se, path)
+    with pytest.raises(ValueError, match="a plain checkpoint cannot keep gates"):
+        export_plain(deployment(made.reference, pixels=PIXELS, keep_gates=True), path)
+    with pytest.raises(ValueError, match="weights take no bytes"):
+        export_plain(made, path, uint8=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_may_stay_in_a_program(tmp_path):
+    model = timm.create_model("resnet20_tam.cifar10").eval()
+    export_program(deployment(model, pixels=PIXELS, keep_gates=True), tmp_path / "x.pt2")
+    found = load_program(tmp_path / "x.pt2")(as_input(PIXELS[:8], CIFAR10))
+    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_another_suffix_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="x.pth: expected a file named .onnx, .safetensors, .pt2"):
+        exporter_for(tmp_path / "x.pth")
