@@ -347,6 +347,11 @@ _TRAINED = {
         recipe="short-cpu",
         revision="v0.1.0",
     ),
+    "wrn10_4_scalar.cifar10": Trained(
+        sha256="f2c85c043a938f038ebc9a28ab232116a8fdda5d3c13f89da859ff812c1cca81",
+        recipe="short-cpu",
+        revision="v0.1.0",
+    ),
     "resnet20_tam.cifar10": Trained(
         sha256="cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
         recipe="short-cpu",

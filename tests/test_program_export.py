@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tamzoo.catalogue import DATASETS
-from tamzoo.cli import DEMO_ENTRY
 from tamzoo.data import normalise
 from tamzoo.deploy import as_input, deployment
 from tamzoo.images import random_crops
 from tamzoo.program_export import EXPORTERS, export_plain, export_program, exporter_for, load_program
+from tamzoo.terminal import DEMO_ENTRY
 
 CIFAR10 = DATASETS["cifar10"]
 PIXELS = random_crops(256, 32)

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
-from tamzoo.cli import DEMO_ENTRY
 from tamzoo.deploy import as_input, deployment
 from tamzoo.images import random_crops
 from tamzoo.onnx_export import export_deployment, metadata_of, open_session, operators_of, runner
 from tamzoo.quantise import export_int8
+from tamzoo.terminal import DEMO_ENTRY
 
 PIXELS, CALIBRATION = random_crops(256, 32), random_crops(64, 32, seed=1)
 

@@ -13,9 +13,9 @@ import torch
 
 from export import zoo
 from tamzoo.catalogue import ENTRIES
-from tamzoo.cli import DEMO_ENTRY
 from tamzoo.data import Split, normalise
 from tamzoo.images import random_crops
+from tamzoo.terminal import DEMO_ENTRY
 
 ENTRY = ENTRIES[DEMO_ENTRY]
 BROKEN = zoo.Format(name="broken", file="broken.bin", write=lambda *_: 1 / 0, load=zoo.FORMATS[0].load)
