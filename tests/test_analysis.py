@@ -16,11 +16,12 @@ from tamzoo.analysis import analyse
 from tamzoo.cards import render_card
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights, sha256_of
-from tamzoo.cli import main
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
 from tamzoo.gates import measure_gates
 from tamzoo.journal import LOG_FIELDS
+from tamzoo.publish import stage
 from tamzoo.verify import verify_folder, write_cards
+from tests.conftest import refused
 from tests.standins import a_record, draw, stand_in
 from tests.tiny_runs import random_split
 
@@ -54,22 +55,10 @@ def found(runs) -> Analysis:
 
 
 @pytest.fixture
-def tamzoo(monkeypatch, capsys):
-    """Runs a command line on random test images: exit code, standard output, standard error."""
-    monkeypatch.setattr(subjects, "entry_folder", lambda name: None)  # no peers but those given
-
-    def run(*arguments, split=SPLIT):
-        if split is not None:
-            monkeypatch.setattr("tamzoo.data.load_split", lambda *args: split)
-        monkeypatch.setattr(sys, "argv", ["tamzoo", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return run
+def twenty_images(monkeypatch) -> None:
+    """Random test images in place of any data set, and no peers but those given."""
+    monkeypatch.setattr(subjects, "entry_folder", lambda name: None)
+    monkeypatch.setattr("tamzoo.data.load_split", lambda *args: SPLIT)
 
 
 def test_an_analysis_holds_every_study(found, runs):
@@ -134,7 +123,7 @@ def test_no_log_is_no_curve(found, tmp_path):
     assert "curves.png" not in {path.name for path in plot_analysis(bare, tmp_path)}
 
 
-def test_the_command_writes_numbers_and_pictures(tamzoo, runs, tmp_path):
+def test_the_command_writes_numbers_and_pictures(tamzoo, twenty_images, runs, tmp_path):
     pytest.importorskip("matplotlib")
     weights, out = runs["tam"] / "model.safetensors", tmp_path / "new" / "folder"
     arguments = ("--weights", weights, "--data", tmp_path, "--out", out, "--images", 8, "--kind", "png")
@@ -164,6 +153,9 @@ def test_a_card_shows_the_pictures_and_a_missing_one_is_found_out(found, tmp_pat
     for name in found.figures:
         assert text.count(f"]({name}.png)") == 1
     assert "Not compared with plain: no weights yet." in text
+    (staged := tmp_path / "staged").mkdir()
+    files = stage(entry, folder, staged).files
+    assert {ANALYSIS, *(f"{name}.png" for name in found.figures)} <= files.keys()
     (folder / "lesions.png").unlink()
     assert verify_folder(entry, folder) == ["lesions.png is missing"]
     assert folder / "lesions.png" in write_cards(tmp_path, [entry], draw, draw_all)
@@ -190,25 +182,16 @@ def test_a_run_with_another_group_size_loads_as_it_was_trained(tmp_path):
 # Bad input: one sentence, exit code 2, nothing written.
 
 
-def refused(answer, *words):
-    code, out, err = answer
-    assert code == 2, (out, err)
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
-    for word in words:
-        assert word in err
-
-
-def test_what_cannot_be_analysed_is_refused(tamzoo, runs, tmp_path, monkeypatch):
+def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_path, monkeypatch):
     monkeypatch.delenv("TAMZOO_DATA", raising=False)
     out, empty = tmp_path / "out", tmp_path / "empty"
     empty.mkdir()
 
-    def analyze(name, *arguments, weights="tam", **options):
-        given = ("--weights", runs[weights] / "model.safetensors") if weights else ()
-        return tamzoo("analyze", name, *given, "--out", out, *arguments, **options)
+    def analyze(name, *arguments, weights="tam"):
+        given = ("--weights", runs[weights] / "model.safetensors")
+        return tamzoo("analyze", name, *given, "--out", out, *arguments)
 
     tam, data = "resnet20_tam.cifar10", ("--data", empty)
-    refused(analyze(tam, *data, split=None), "expected test-*.parquet", "found neither")
     refused(analyze("resnet20_plain.cifar10", *data, weights="plain"), "has no TAM gates")
     refused(analyze(tam), "pass --data DIR or set TAMZOO_DATA")
     refused(analyze(tam, *data, "--peer", "resnet20_tamm"), "no model 'resnet20_tamm'; nearest: resnet20_tam")
@@ -224,7 +207,7 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, runs, tmp_path, monkeypatch)
     assert not out.exists()
 
 
-def test_weights_that_are_not_numbers_are_refused(tamzoo, runs, tmp_path):
+def test_weights_that_are_not_numbers_are_refused(tamzoo, twenty_images, runs, tmp_path):
     weights = load_file(runs["tam"] / "model.safetensors")
     weights["layer2.0.conv1.weight"][0, 0, 0, 0] = torch.nan
     save_file(weights, tmp_path / "nan.safetensors")
@@ -238,3 +221,8 @@ def test_weights_that_are_not_numbers_are_refused(tamzoo, runs, tmp_path):
 def test_one_image_is_too_few(runs):
     with pytest.raises(ValueError, match="1 images cannot show whether a gate is static"):
         analyse(subjects.subject(str(runs["tam"])), [], random_split(1, 0))
+
+
+def test_an_empty_data_directory_is_refused(tamzoo, runs, tmp_path):
+    arguments = ("--weights", runs["tam"] / "model.safetensors", "--data", tmp_path)
+    refused(tamzoo("analyze", "resnet20_tam.cifar10", *arguments), "expected test-*.parquet", "found neither")

@@ -398,11 +398,13 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
         train_entries({"resnet20_tamm.cifar10": small_data}, order, small_data, 9, CPU, SILENT)
 
 
-def test_the_command_trains_and_draws(small_data):
+def test_the_command_trains_and_draws(small_data, monkeypatch):
     from typer.testing import CliRunner
 
     from tamzoo.cli import app
 
+    waits = replace(ENTRIES["resnet20_tam.cifar10"], trained=None)
+    monkeypatch.setitem(ENTRIES, waits.name, waits)
     out = small_data / "run"
     options = ["--data", str(small_data), "--out", str(out), "--epochs", "2"]
     command = ["train", "resnet20_tam.cifar10", "--recipe", "short-cpu", *options]
