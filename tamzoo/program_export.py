@@ -34,7 +34,8 @@ def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress:
     plain = plain_name(made.name)
     if made.report is None:
         raise ValueError(f"{path}: a plain checkpoint cannot keep gates; export to .onnx or .pt2")
-    for name, reason in made.report.kept.items():
+    if made.report.kept:
+        name, reason = next(iter(made.report.kept.items()))
         raise ValueError(
             f"{made.name} does not become a {plain} checkpoint: {len(made.report.kept)} of its attentions "
             f"stay (first: {name}, {reason}); export to .onnx or .pt2, which can hold them"
