@@ -30,10 +30,22 @@ def command(monkeypatch, capsys):
 
 def test_programs_are_compared_in_one_run_and_reported(command, tmp_path):
     programs = ("TAM folded", "int8", "torch")
-    options = ("--model", "resnet20", "--batches", 1, 2, "--rounds", 3, "--csv", tmp_path / "x.csv")
+    options = (
+        "--model",
+        "resnet20",
+        "--tag",
+        "cifar100",
+        "--batches",
+        1,
+        2,
+        "--rounds",
+        3,
+        "--csv",
+        tmp_path / "x.csv",
+    )
     code, out, err = command(*options, "--plot", tmp_path / "x.png", "--programs", *programs)
     assert code == 0, err
-    assert "resnet20, cifar10: random weights, gates folded by their means, 9 of 9 gates folded" in out
+    assert "resnet20, cifar100: random weights, gates folded by their means, 9 of 9 gates folded" in out
     assert "Operators of plain and folded graph alike: 9 Add, 21 Conv" in out
     assert "| program | batch 1 | of plain (quartiles) | batch 2 | of plain (quartiles) |" in out
     assert "`python -m export.benchmark infer --model resnet20" in out and "1 threads" in out

@@ -100,7 +100,7 @@ def test_the_exit_code_tells_of_failed_rows(command, monkeypatch, tmp_path, erro
     row = zoo.Row(entry=DEMO_ENTRY, format="onnx int8", file="x.onnx", accuracy=90.0, error=error)
     monkeypatch.setattr(zoo, "load_split", lambda *_: None)
     monkeypatch.setattr(zoo, "export_formats", lambda *_: [row])
-    found, out, err = command("--out", tmp_path / "out", "--data", tmp_path)
+    found, out, err = command("--out", tmp_path / "out", "--data", tmp_path, "--only", DEMO_ENTRY)
     assert found == code and "onnx int8" in out and (error in err)
     assert (tmp_path / "out" / "report.csv").read_text() == zoo.report([row])
 
