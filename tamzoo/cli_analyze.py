@@ -29,11 +29,13 @@ def analyze(
     from tamzoo.checkpoint import write_whole
     from tamzoo.data import Split, data_directory, load_split
     from tamzoo.findings import ANALYSIS
-    from tamzoo.plots import check_matplotlib
+    from tamzoo.plots import check_picture
     from tamzoo.plots_analysis import plot_analysis
     from tamzoo.subjects import check_peers, known_peers, subject
 
-    check_matplotlib()
+    kinds = [f".{each}" for each in kind or ("png", "svg")]
+    for each in kinds:
+        check_picture(out / f"analysis{each}")
     folder, main = data_directory(data), subject(name, weights)
     peers = [*known_peers(main), *(subject(given) for given in peer or ())]
     check_peers(main, peers)
@@ -43,7 +45,7 @@ def analyze(
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / ANALYSIS, found.to_json())
     _tell(found)
-    for path in plot_analysis(found, out, [f".{each}" for each in kind or ("png", "svg")]):
+    for path in plot_analysis(found, out, kinds):
         print(path)
 
 

@@ -199,6 +199,7 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_pat
     refused(analyze(tam, *data, "--peer", "resnet18_se.cifar10"), "no trained weights yet")
     refused(analyze(tam, *data, "--peer", empty), "expected a finished run")
     refused(analyze(tam, *data, "--peer", runs["se"], "--peer", runs["se"]), "two of the models are called")
+    refused(analyze(tam, *data, "--kind", "bmp"), "expected a picture named .png, .svg or .pdf")
     other = finished_run(tmp_path / "other", "wrn10_4_se.cifar10")
     refused(analyze(tam, *data, "--peer", other), "expected the backbone and data set of resnet20_tam")
     refused(analyze("resnet50_tam.cifar10", *data), "these weights are not of resnet50_tam.cifar10")
