@@ -194,7 +194,7 @@ def infer(options: argparse.Namespace) -> None:
         series |= {(backbone, batch): timings for batch, timings in found.items()}
         print(f"{backbone}, {options.tag}: {contest.told}.\n\n{markdown(found)}\n", flush=True)
     cpu = hardware(torch.device("cpu"), 1)
-    state = f"{options.threads} threads, {cpu}, load {load:.2f} before the run"
+    state = f"threads: {options.threads}, {cpu}, load {load:.2f} before the run"
     libraries = f"onnxruntime {version('onnxruntime')}, torch {torch.__version__}"
     print(f"`python -m export.benchmark {shlex.join(sys.argv[1:])}`: {state}; {libraries}.")
     if options.csv:
