@@ -11,6 +11,7 @@ from torch import Tensor
 
 PICTURES = Path(__file__).parent / "pictures"
 SUFFIXES = frozenset(Image.registered_extensions())
+COMMON = ("JPEG", "PNG", "WEBP")  # tried first: Pillow asks its formats one by one
 SMALLEST = 8  # pixels a side; less than this shows nothing
 READABLE = "expected a JPEG, PNG, WebP or another format that Pillow reads"
 ADVICE = {
@@ -44,7 +45,7 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
             guess (transparency, CMYK, 16 bits).
     """
     try:
-        with Image.open(source) as image:
+        with _opened(source) as image:
             frames = getattr(image, "n_frames", 1)
             if frames == 1:
                 image.load()
@@ -63,6 +64,13 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
         advice = ADVICE.get(mode, "save it with 8 bits a channel first")
         raise ValueError(f"{name}: expected an 8-bit RGB or grey picture, got mode {mode}; {advice}")
     return image if mode == "RGB" else image.convert("RGB")
+
+
+def _opened(source: Path | BinaryIO) -> Image.Image:
+    try:
+        return Image.open(source, formats=COMMON)
+    except UnidentifiedImageError:
+        return Image.open(source)
 
 
 def picture_paths(given: Iterable[Path]) -> list[Path]:

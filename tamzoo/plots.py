@@ -111,6 +111,7 @@ def plot_latencies(series: Mapping[str, Sequence[Timing]], out: Path) -> None:
         )
     axes.set(xscale="log", xlabel=f"time / time of {names[0]}, median and quartiles")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(1, color="grey", linewidth=0.8)
