@@ -147,6 +147,11 @@ def _training(record: Record) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         ("commit", f"`{record.commit}`"),
         ("weights", f"SHA-256 `{record.sha256}`"),
+        (
+            "repeat",
+            f"`tamzoo train {record.entry} --recipe {recipe.get('name', '')} --epochs {record.epochs} "
+            f"--seed {record.seed} --precision {record.precision} --data DIR --out DIR`",
+        ),
     ]
     return _table([("", ""), *rows])
 

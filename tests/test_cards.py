@@ -30,7 +30,7 @@ def front_matter(text: str) -> dict:
 
 
 def test_there_is_a_folder_for_every_entry_and_no_other():
-    assert {path.name for path in CARDS.iterdir()} == set(NAMES)
+    assert {path.name for path in CARDS.iterdir() if path.is_dir()} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
