@@ -338,7 +338,7 @@ _OURS = (
 
 _TRAINED = {
     "wrn10_4_tam.cifar10": Trained(
-        sha256="04c3a6e2d4e100f276d03d108b1d0802253f32c0e0d9e628319d0c783b23f63c",
+        sha256="719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
         recipe="short-cpu",
         revision="v0.1.0",
     ),
