@@ -325,8 +325,14 @@ _PARAMETERS = {
     "resnext50_32x4d": {"plain": 22_972_224, "se": 25_487_168, "cbam": 25_504_816, "tam": 23_032_560},
     "wrn16_8": {"plain": 10_958_064, "se": 11_044_080, "cbam": 11_046_584, "tam": 10_965_202},
     "resnet34": {"plain": 21_276_992, "se": 21_434_176, "tam": 21_292_016},
-    "wrn10_4": {"plain": 1_197_168, "tam": 1_198_945, "scalar": 1_197_171},
-    "resnet20": {"tam": 273_123},
+    "wrn10_4": {
+        "plain": 1_197_168,
+        "se": 1_207_920,
+        "cbam": 1_208_696,
+        "tam": 1_198_945,
+        "scalar": 1_197_171,
+    },
+    "resnet20": {"se": 273_840, "cbam": 275_097, "tam": 273_123},
 }
 # ours, beyond the tables: small enough to train on a CPU
 _OURS = (
@@ -334,6 +340,10 @@ _OURS = (
     ("resnet20", "tam", "cifar10"),
     ("wrn10_4", "plain", "cifar10"),
     ("wrn10_4", "scalar", "cifar10"),
+    ("wrn10_4", "se", "cifar10"),
+    ("wrn10_4", "cbam", "cifar10"),
+    ("resnet20", "se", "cifar10"),
+    ("resnet20", "cbam", "cifar10"),
 )
 
 _TRAINED = {
