@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS = 8
-STAGES = tl.constexpr(3)  # blocks under way at once: the next are fetched while one is computed
+FORWARD_WARPS, BACKWARD_WARPS = 8, 4
 FORWARD = 8192  # elements of x in one program: 32 registers a thread
-BACKWARD = 2048  # fewer: parameters and the sums of their gradients take eight times as many registers
+BACKWARD = 1024  # fewer: parameters and the sums of their gradients take eight times as many registers
 MOST_ROWS = 256  # of few channels, so that the grid is not too small
-PROGRAMS_PER_PROCESSOR = 4
 
 
 @triton.jit
@@ -115,11 +113,18 @@ def backward_kernel(
     program = tl.program_id(0)
     levels = _load(parameters, channels)
     total = _zeros(rows, channels)
-    for block in tl.range(program, tl.cdiv(count, rows), programs, num_stages=STAGES):
-        row = (block * rows + tl.arange(0, rows)).to(tl.int64)[:, None]
-        at, inside = row * channels + tl.arange(0, channels)[None, :], row < count
-        h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-        g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+    row = (program * rows + tl.arange(0, rows)).to(tl.int64)[:, None]
+    column = tl.arange(0, channels)[None, :]
+    next_x = tl.load(x + row * channels + column, mask=row < count, other=0)
+    next_grad = tl.load(grad + row * channels + column, mask=row < count, other=0)
+    # The next block is fetched while one is computed, by hand: Triton's own pipelining takes another layout,
+    # in which every level goes through shared memory and registers spill.
+    for _ in range(program, tl.cdiv(count, rows), programs):
+        at, inside = row * channels + column, row < count
+        h, g = next_x.to(tl.float32), next_grad.to(tl.float32)
+        row += programs * rows
+        next_x = tl.load(x + row * channels + column, mask=row < count, other=0)
+        next_grad = tl.load(grad + row * channels + column, mask=row < count, other=0)
         dot = tl.sum(g * h, axis=1)[:, None]
         below, gate, total = _descend(h, dot, total, levels, rows, channels)
         tl.store(grad_x + at, g * gate + below, mask=inside)
@@ -131,8 +136,13 @@ def _rows(channels: int, elements: int) -> int:
     return max(1, min(elements // channels, MOST_ROWS))
 
 
-def _warps(channels: int) -> int:
-    return min(max(WARPS, channels // 256), 32)
+def _warps(channels: int, least: int) -> int:
+    return min(max(least, channels // 256), 32)
+
+
+def _programs(channels: int) -> int:
+    """Backward programs whose registers fit a processor at once: 65536 of them, 128 to 234 a thread."""
+    return 3 if channels <= 256 else 2 if channels <= 1024 else 1
 
 
 def forward(x: Tensor, parameters: Tensor) -> Tensor:
@@ -142,7 +152,9 @@ def forward(x: Tensor, parameters: Tensor) -> Tensor:
     out, rows = torch.empty_like(x), _rows(channels, FORWARD)
     with torch.cuda.device_of(x):
         launch = forward_kernel[triton.cdiv(n * h * w, rows),]
-        launch(x, parameters.float(), out, n * h * w, rows, channels, num_warps=_warps(channels))
+        launch(
+            x, parameters.float(), out, n * h * w, rows, channels, num_warps=_warps(channels, FORWARD_WARPS)
+        )
     return out
 
 
@@ -152,7 +164,7 @@ def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tenso
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     grad_x, rows = torch.empty_like(x), _rows(channels, BACKWARD)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(PROGRAMS_PER_PROCESSOR * processors, triton.cdiv(n * h * w, rows))
+    programs = min(_programs(channels) * processors, triton.cdiv(n * h * w, rows))
     sums = torch.empty(programs, 4 * channels - 5, device=x.device)
     with torch.cuda.device_of(x):
         backward_kernel[programs,](
@@ -165,6 +177,6 @@ def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tenso
             programs,
             rows,
             channels,
-            num_warps=_warps(channels),
+            num_warps=_warps(channels, BACKWARD_WARPS),
         )
     return grad_x, sums.sum(0).to(parameters.dtype)
