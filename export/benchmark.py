@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from export import benchmark_infer
 from tamzoo.attention import TAM
+from tamzoo.learner import set_cudnn
 from tamzoo.terminal import one_sentence
 
 VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam")
@@ -42,6 +43,7 @@ class Trainer:
 
     def __init__(self, variant: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
+        set_cudnn()
         if options.threads:
             torch.set_num_threads(options.threads)
         attention, _, reference = variant.partition("-")
@@ -100,15 +102,30 @@ def _serve(variant: str, options: argparse.Namespace, pipe: Any) -> None:
 
 
 def train(options: argparse.Namespace) -> list[tuple]:
-    """A table of COLUMNS, one row a variant."""
+    """A table of COLUMNS, one row a variant.
+
+    Raises:
+        RuntimeError: a variant's process died; its own message is on stderr.
+    """
     context, pipes = multiprocessing.get_context("spawn"), {}
     for variant in options.variants:
         pipes[variant], end = context.Pipe()
         context.Process(target=_serve, args=(variant, options, end), daemon=True).start()
+        end.close()  # so that the death of the process ends the wait for it
+        pipes[variant].send("step")  # all get ready side by side
+
+    def answer(variant: str) -> Any:
+        try:
+            return pipes[variant].recv()
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"the process of {variant} died; what it said is above") from error
 
     def ask(variant: str, order: str) -> Any:
         pipes[variant].send(order)
-        return pipes[variant].recv()
+        return answer(variant)
+
+    for variant in options.variants:
+        answer(variant)
 
     rounds = [{v: ask(v, "step") for v in options.variants} for _ in range(options.warmup + options.rounds)]
     rounds, first = rounds[options.warmup :], options.variants[0]

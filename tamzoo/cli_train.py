@@ -41,11 +41,11 @@ def train(
 
     if (name is None) != queue:
         raise ValueError("pass either the name of an entry or --queue")
-    folders = {name: out} if name else {waits: out / waits for waits in waiting(out, only)}
     order = Order(
         recipe=recipe, epochs=epochs, seed=seed, precision=precision, resume=resume or queue, compiled=compile
     )
     with _session() as (world, voice):
+        folders = {name: out} if name else {waits: out / waits for waits in waiting(out, only, world)}
         train_entries(folders, order, data, time_budget, world, voice)
 
 

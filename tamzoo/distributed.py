@@ -115,9 +115,10 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         n, _, h, w = input.shape
-        count = _Sum.apply(input.new_tensor([float(n * h * w)]))
-        mean = _Sum.apply(input.sum((0, 2, 3))) / count
-        centred = input - mean.view(-1, 1, 1)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = _Sum.apply(x.new_tensor([float(n * h * w)]))
+        mean = _Sum.apply(x.sum((0, 2, 3))) / count
+        centred = x - mean.view(-1, 1, 1)
         var = _Sum.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
@@ -126,4 +127,4 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(input.dtype)

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from tamzoo.checkpoint import whole_file, write_whole
 from tamzoo.recipes import Recipe
@@ -42,6 +45,7 @@ class Journal:
     ) -> None:
         self.folder = folder
         self._writer: Any = None
+        self._late: list[dict[str, float]] = []  # rows not yet written
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {
             "entry": entry,
@@ -67,16 +71,39 @@ class Journal:
             write_whole(path, json.dumps(found, indent=2) + "\n")
         self.commit = ", ".join(found["commits"])
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder.
+
+        Raises:
+            ValueError: one does.
+        """
+        try:
+            held = FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"{self.folder}: another process trains there; wait for its end, or choose another --out"
+            ) from error
+        with held:
+            yield
+
     def log(self, row: dict[str, float]) -> None:
-        """Adds an epoch to log.csv; later ones, of a session that was lost, go."""
+        """Adds an epoch to log.csv; later ones, of a session that was lost, go.
+
+        Raises:
+            OSError: it cannot be written; the next call writes this row too.
+        """
+        self._late.append(row)
         path = self.folder / "log.csv"
         before = read_log(self.folder) if path.exists() else []
-        rows = [*(old for old in before if old["epoch"] < row["epoch"]), row]
+        rows = [*(old for old in before if old["epoch"] < self._late[0]["epoch"]), *self._late]
         with whole_file(path) as part, part.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(LOG_FIELDS)
             writer.writerows([[row[name] for name in LOG_FIELDS] for row in rows])
-        self._to_tensorboard(row)
+        for late in self._late:
+            self._to_tensorboard(late)
+        self._late.clear()
 
     def _to_tensorboard(self, row: dict[str, float]) -> None:
         epoch = int(row["epoch"])
@@ -150,10 +177,13 @@ def hardware(device: torch.device, processes: int) -> str:
 
 
 def commit_here() -> str:
-    """The repository's commit, with `-dirty` where files differ from it; `unknown` outside our repository."""
+    """The repository's commit, with `-dirty` where files differ from it.
+
+    Outside our repository what TAMZOO_COMMIT says (for a copy of the tree without .git), else `unknown`.
+    """
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():  # installed; a repository further up would be somebody else's
-        return "unknown"
+        return os.environ.get("TAMZOO_COMMIT", "unknown")
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

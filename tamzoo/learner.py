@@ -57,11 +57,11 @@ class Learner:
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
         self._forward = self._full_forward = world.spread(self.model)
         if compiled:
+            torch.compiler.reset()  # it gives up at the ninth model of one class
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
             # The last batch of an epoch may be smaller; it runs as it is rather than be compiled too.
             self._full_forward = torch.compile(self._forward, dynamic=False)
-        if world.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
+        set_cudnn()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=recipe.lr,
@@ -119,6 +119,12 @@ class Learner:
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
             torch._foreach_lerp_(self._averages, self._averaged, 1 - decay)
         return loss.detach()
+
+
+def set_cudnn() -> None:
+    """Fastest algorithms, and float32 that is float32: by default cuDNN rounds its inputs to TF32."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def seed_of(seed: int, index: int, salt: int) -> int:

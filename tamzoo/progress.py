@@ -35,7 +35,7 @@ class Moment:
     step: int  # done, of the whole run
     steps: int
     loss: float  # of a step shortly before
-    images_per_s: float  # of this session
+    images_per_s: float  # of this epoch
     eta_s: float
 
 

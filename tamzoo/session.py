@@ -34,19 +34,24 @@ class Order:
         return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
 
 
-def waiting(out: Path, only: str = "*") -> list[str]:
+def waiting(out: Path, only: str = "*", world: World | None = None) -> list[str]:
     """Entries without weights, in the catalogue's order of training.
 
     Args:
         out: Folder of the queue's runs; an entry with a record in its folder there has weights.
         only: Pattern of names, as of files.
+        world: The processes that train together; the first one looks at the folder.
     Raises:
         ValueError: no entry has such a name.
     """
     names = [name for name in QUEUE if fnmatch(name, only)]
     if not names:
         raise ValueError(f"no entry is called {only!r}. All names: tamzoo list --all")
-    return [name for name in names if not ENTRIES[name].trained and not (out / name / "record.json").exists()]
+    names = [name for name in names if not ENTRIES[name].trained]
+    finished = [(out / name / "record.json").exists() for name in names]
+    if world:
+        finished = [world.first_says(flag) for flag in finished]
+    return [name for name, done in zip(names, finished, strict=True) if not done]
 
 
 def train_entries(
@@ -61,9 +66,10 @@ def train_entries(
     Returns:
         Whether all are done.
     Raises:
-        ValueError: no such entry or recipe, or what `load_split` and `Run` raise.
+        ValueError: no such entry or recipe, or what `load_split` and `Run` raise; of several entries, at
+            the end, which failed (on several processes, the first failure).
     """
-    started = time.monotonic()
+    ends, failed = time.monotonic() + time_budget, []
     if not folders:
         voice.say("nothing to train: every such entry has weights")
         return True
@@ -72,25 +78,38 @@ def train_entries(
         if name not in ENTRIES:
             nearest = ", ".join(difflib.get_close_matches(name, ENTRIES, n=3))
             raise ValueError(f"no entry {name!r}; nearest: {nearest or 'none'}. All names: tamzoo list --all")
-        dataset = ENTRIES[name].dataset
-        if dataset.tag not in splits:  # one data set at a time on the device
-            splits = {
-                dataset.tag: [
-                    load_split(directory, dataset, split, voice.bar).to(world.device)
-                    for split in ("train", "test")
-                ]
-            }
-        left = time_budget - (time.monotonic() - started)
-        if left <= 0 or not _train_entry(name, out, splits[dataset.tag], order, left, world, voice):
+        if world.first_says(time.monotonic() >= ends):
             return False
+        dataset = ENTRIES[name].dataset
+        try:
+            if dataset.tag not in splits:  # one data set at a time on the device
+                splits = {
+                    dataset.tag: [
+                        load_split(directory, dataset, split, voice.bar).to(world.device)
+                        for split in ("train", "test")
+                    ]
+                }
+            left = ends - time.monotonic()
+            if not _train_entry(name, out, splits[dataset.tag], order, left, world, voice):
+                return False
+        except (ValueError, OSError, RuntimeError) as error:
+            if len(folders) == 1 or world.size > 1:
+                raise
+            voice.say(f"{name}: failed: {error}")
+            failed.append(name)
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(folders)} entries failed, for the reasons above: {', '.join(failed)}"
+        )
     return True
 
 
 def _train_entry(
     name: str, out: Path, splits: list[Split], order: Order, budget: float, world: World, voice: Voice
 ) -> bool:
-    if order.resume and (out / "record.json").exists():
-        voice.say(f"{name}: done, top-1 error {read_record(out / 'record.json').score.top1_error:.2f} %")
+    if world.first_says(order.resume and (out / "record.json").exists()):
+        if world.first:
+            voice.say(f"{name}: done, top-1 error {read_record(out / 'record.json').score.top1_error:.2f} %")
         return True
     recipe = order.recipe_on(ENTRIES[name].dataset.tag)
     precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")

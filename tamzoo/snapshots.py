@@ -69,6 +69,8 @@ def newest(folder: Path) -> Path | None:
 def load_snapshot(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """The newest whole snapshot, on the CPU, and what was told with it; None where there is no file.
 
+    Damaged ones that are newer go: they would be taken for the last good one, and push out good ones.
+
     Raises:
         ValueError: there are files, and none is whole.
     """
@@ -82,6 +84,8 @@ def load_snapshot(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | No
             log.warning("%s: damaged (%s); falling back to the snapshot before", path, error)
             continue
         if told.get("checksum") == _checksum(tensors):
+            for damaged in paths[: paths.index(path)]:
+                damaged.unlink()
             return tensors, told
         log.warning("%s: damaged (another checksum); falling back to the snapshot before", path)
     if paths:

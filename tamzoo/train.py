@@ -1,12 +1,14 @@
 """A training run: seeded, stoppable and resumable at any step, last epoch kept.
 
 Everything random is a function of (seed, step), so a snapshot needs no generator state: a run that
-was stopped and resumed ends with the very weights of one that was not.
+was stopped and resumed ends with the weights of one that was not: on CPUs to the last bit, on CUDA as far
+as its kernels repeat themselves.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from math import isfinite
@@ -172,11 +174,16 @@ class Run:
         Returns:
             Whether the recipe's end is reached.
         Raises:
-            ValueError: a loss is not finite; names the step and the last good snapshot.
+            ValueError: a loss is not finite; names the step and the last good snapshot. Another process
+                trains in the folder.
             OSError: the folder cannot be written.
         """
-        self._clock = Clock(time_budget, self.snapshot_seconds)
-        self._begun = self.step, self.seconds  # of this session
+        with self.journal.alone() if self.world.first else nullcontext():
+            return self._train(Clock(time_budget, self.snapshot_seconds), watch, report)
+
+    def _train(self, clock: Clock, watch: Watch, report: Callable[[dict[str, float]], None]) -> bool:
+        self._clock, self._begun = clock, self.step  # of this session
+        self._timed = self.step, time.monotonic()
         while self.step < self.steps and not self._must_stop():
             if self._epoch(watch) and self.world.first:
                 report(self._finish_epoch())
@@ -200,9 +207,9 @@ class Run:
         return self.world.first_says(self._clock.spent())
 
     def _images_per_s(self) -> float:
-        """Of this session."""
-        step, seconds = self._begun
-        return (self.step - step) * self.recipe.batch_size / max(self.seconds - seconds, 1e-9)
+        """Of this epoch; in a session's first, from after its first step, which may have compiled."""
+        step, began = self._timed
+        return (self.step - step) * self.recipe.batch_size / max(time.monotonic() - began, 1e-9)
 
     def _epoch(self, watch: Watch) -> bool:
         """Trains to the epoch's end, where the clock lets it; says whether it got there."""
@@ -213,6 +220,7 @@ class Run:
         order = torch.Generator().manual_seed(seed_of(self.seed, epoch, salt=1))
         permutation = torch.randperm(len(self.train_split), generator=order).to(self.device)
         started, seconds = time.monotonic(), self.seconds
+        self._timed = self.step, started
         for index, chosen in enumerate(permutation.split(self.recipe.batch_size)):
             if index < begin:
                 continue
@@ -222,6 +230,8 @@ class Run:
             self.seconds = seconds + time.monotonic() - started
             if self.device.type == "cpu" or index % STEPS_PER_LOOK == 0:
                 self._look(index, watch)
+            if self.step == self._begun + 1 and index + 1 < self.steps_per_epoch:
+                self._timed = self.step, time.monotonic()
             if index + 1 < self.steps_per_epoch and self._must_stop():
                 return False
         return True
@@ -238,13 +248,16 @@ class Run:
             steps=self.steps,
             loss=loss,
             images_per_s=self._images_per_s(),
-            eta_s=(self.steps - self.step) * self._clock.elapsed() / (self.step - self._begun[0]),
+            eta_s=(self.steps - self.step) * self._clock.elapsed() / (self.step - self._begun),
         )
         watch(moment)
 
     def _finish_epoch(self) -> dict[str, float]:
         """Logs an epoch: mean loss of the first rank's share of the batches, error on the test split."""
-        self._check_losses()
+        began = time.monotonic()
+        self._check_losses()  # waits for the device
+        self.seconds += time.monotonic() - began
+        images_per_s = round(self._images_per_s(), 1)
         sizes = torch.full((self.steps_per_epoch,), self.recipe.batch_size, dtype=torch.float64)
         sizes[-1] -= sizes.sum() - len(self.train_split)
         loss = (self._losses.double().cpu() @ sizes).item() / len(self.train_split)
@@ -256,11 +269,14 @@ class Run:
             self.recipe.lr_at((self.step - 1) / self.steps),
             loss,
             error,
-            round(self._images_per_s(), 1),
+            images_per_s,
             round(self.seconds, 1),
         )
         row: dict[str, float] = dict(zip(LOG_FIELDS, values, strict=True))
-        self.journal.log(row)
+        try:
+            self.journal.log(row)
+        except OSError as error:  # the run may outlive a full disk
+            logger.warning("%s; the epoch's line will be written with the next one's", error)
         return row
 
     def finish(self, progress: Progress = silent) -> Record:

@@ -1,9 +1,11 @@
 """Inference is compared in a few rounds of a small network; the figures themselves are not tested."""
 
 import csv
+import subprocess
 import sys
 
 import pytest
+import torch
 
 from export import benchmark
 from export.benchmark_infer import check_load, describe, markdown
@@ -88,6 +90,13 @@ def test_bad_options_are_one_sentence(command, tmp_path):
     }.items():
         code, _, err = command(*options)
         assert code == 2 and err.startswith("error: ") and told in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
+def test_a_training_process_that_dies_ends_the_benchmark():
+    command = [sys.executable, "-m", "export.benchmark", "train", "--model", "resnet20", "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "the process of plain died; what it said is above" in done.stderr
 
 
 def test_the_table_has_a_row_a_program():

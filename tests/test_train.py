@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tamzoo import snapshots
+from tamzoo import journal, snapshots
 from tamzoo.catalogue import ENTRIES, QUEUE
 from tamzoo.checkpoint import load_weights, sha256_of
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
-from tamzoo.journal import read_log
 from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
@@ -84,7 +84,7 @@ def test_a_run_stopped_inside_an_epoch_ends_as_one_left_alone(tmp_path, alone):
     assert_same(state_of(tmp_path), state_of(alone))
     run.finish()
     assert sha256_of(tmp_path / "model.safetensors") == sha256_of(alone / "model.safetensors")
-    logs = [read_log(folder) for folder in (tmp_path, alone)]
+    logs = [journal.read_log(folder) for folder in (tmp_path, alone)]
     for field in ("epoch", "lr", "train_loss", "test_top1_error"):
         assert [row[field] for row in logs[0]] == [row[field] for row in logs[1]]
 
@@ -200,6 +200,7 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(stopped, alone, damage,
     assert run.step == 4
     assert "snapshot-00000005.safetensors: damaged" in caplog.text
     assert "falling back to the snapshot before" in caplog.text
+    assert [path.name for path in stopped.glob("snapshot-*")] == ["snapshot-00000004.safetensors"]
     run.train()
     assert_same(state_of(stopped), state_of(alone))
 
@@ -239,6 +240,46 @@ def test_a_full_disk_keeps_the_snapshots_before(stopped, alone, caplog):
     run = tiny_run(stopped, resume=True)
     assert run.step == 5 and run.train()
     assert_same(state_of(stopped), state_of(alone))
+
+
+def test_an_epoch_that_cannot_be_written_is_written_with_the_next(tmp_path, monkeypatch, caplog):
+    whole_file, calls = journal.whole_file, iter(range(9))
+
+    def full_at_first(path):
+        if not next(calls):
+            raise OSError("no space left")
+        return whole_file(path)
+
+    monkeypatch.setattr(journal, "whole_file", full_at_first)
+    assert tiny_run(tmp_path).train()
+    assert "no space left; the epoch's line will be written with the next one's" in caplog.text
+    assert [row["epoch"] for row in journal.read_log(tmp_path)] == [1, 2, 3]
+
+
+def test_one_process_at_a_time_trains_in_a_folder(stopped):
+    run = tiny_run(stopped, resume=True)
+    with run.journal.alone(), pytest.raises(ValueError, match="another process trains there"):
+        tiny_run(stopped, resume=True).train()
+    assert run.train()
+
+
+def test_the_rate_leaves_out_the_first_step_which_compiles(tmp_path):
+    run = tiny_run(tmp_path)
+    learn = run.learner.learn
+
+    def compile_first(split, chosen, step, lr):
+        time.sleep(0 if step else 3)
+        return learn(split, chosen, step, lr)
+
+    run.learner.learn = compile_first
+    run.train()
+    assert journal.read_log(tmp_path)[0]["images_per_s"] > 20 / 3
+
+
+def test_float32_is_not_rounded_to_tf32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    tiny_run(tmp_path)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(stopped):
@@ -318,7 +359,7 @@ def test_a_watch_sees_where_the_run_is(tmp_path):
     assert [moment.epoch for moment in seen] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert all(moment.images_per_s > 0 and moment.eta_s >= 0 and moment.steps == 9 for moment in seen)
     assert seen[-1].eta_s == 0
-    assert read_log(tmp_path) == rows
+    assert journal.read_log(tmp_path) == rows
     # 8, 8 and 4 images a step
     mean = sum(moment.loss * n for moment, n in zip(seen[:3], (8, 8, 4), strict=True)) / 20
     assert rows[0]["train_loss"] == pytest.approx(mean, rel=1e-6)
@@ -396,6 +437,18 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
         train_entries({names[0]: folders[names[0]]}, replace(order, resume=False), small_data, 9, CPU, SILENT)
     with pytest.raises(ValueError, match=r"no entry .resnet20_tamm.cifar10.; nearest: resnet20_tam.cifar10"):
         train_entries({"resnet20_tamm.cifar10": small_data}, order, small_data, 9, CPU, SILENT)
+
+
+def test_a_failing_entry_does_not_stop_the_queue(small_data):
+    names = ["resnet20_tam.cifar10", "wrn10_4_tam.cifar10"]
+    folders, said = {name: small_data / name for name in names}, []
+    folders[names[0]].mkdir()
+    (folders[names[0]] / "run.json").write_text("[]")
+    order = Order(recipe="short", epochs=1, resume=True)
+    with pytest.raises(ValueError, match=f"1 of 2 entries failed, for the reasons above: {names[0]}"):
+        train_entries(folders, order, small_data, math.inf, CPU, Voice(say=said.append))
+    assert "not the description of a run" in said[0] and "weights in" in said[-1]
+    assert (folders[names[1]] / "record.json").is_file()
 
 
 def test_the_command_trains_and_draws(small_data, monkeypatch):

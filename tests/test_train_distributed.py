@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tamzoo.distributed import GlobalBatchNorm, World, join
@@ -36,6 +37,26 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
     assert (one[0]["model.conv1.weight"] - start).abs().max() > 1e-3  # it did learn
     assert [row["epoch"] for row in read_log(tmp_path / "several")] == [1, 2, 3]
     assert read_record(tmp_path / "several" / "record.json").hardware.startswith("2 x CPU")
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_batch_norm_of_all_ranks_is_that_of_torch(group_of_one, dtype, tolerance):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(4, 3, 5, 5).to(dtype) for _ in range(2))
+    found, expected = GlobalBatchNorm(3), nn.BatchNorm2d(3)
+    ins = [x.clone().requires_grad_() for _ in range(2)]
+    outs = [norm(leaf) for norm, leaf in zip((found, expected), ins, strict=True)]
+    torch.autograd.backward(outs, [grad, grad])
+    torch.testing.assert_close(outs[0], outs[1], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ins[0].grad, ins[1].grad, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found.running_var, expected.running_var, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "size"), [(8, 2), (7, 2), (128, 3), (80, 7), (5, 5)])
