@@ -161,18 +161,20 @@ def show(folder: Path) -> None:
         last = next(row for row in rows if row["setting"] == setting)
         cells.append(f"{float(last['error']):.2f} %, {float(last['error_folded']):.2f} %")
         print(f"| {setting} | " + " | ".join(cells) + " |")
-    print(
-        "\n| width | gates | median logit change | largest | top-1 changed, largest |\n|---|---|---|---|---|"
-    )
+    columns = ("width", "gates", "median bound", "median logit change", "largest", "top-1 changed, largest")
+    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     decades: dict[int, list[dict[str, str]]] = {}
     for row in rows:
         width = float(row["width"])
         decades.setdefault(math.ceil(math.log10(width)) if width else -99, []).append(row)
     for decade, found in sorted(decades.items()):
-        changes = [float(row["logit_change"]) for row in found]
+        changes, bounds = ([float(row[key]) for row in found] for key in ("logit_change", "bound_width"))
         label = "0" if decade == -99 else f"1e{decade - 1} to 1e{decade}"
         flips = max(int(row["changed_top1"]) for row in found)
-        print(f"| {label} | {len(found)} | {statistics.median(changes):.0e} | {max(changes):.0e} | {flips} |")
+        told = [
+            f"{value:.0e}" for value in (statistics.median(bounds), statistics.median(changes), max(changes))
+        ]
+        print("| " + " | ".join([label, str(len(found)), *told, str(flips)]) + " |")
 
 
 def main() -> None:
