@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tamzoo.answers import Answer, answer, joined
@@ -22,8 +23,8 @@ class OnRay:
     """Ray Data's workers, one a CPU of the cluster, each with a model of its own.
 
     A task is a part, and its answer comes back as a whole: where a worker dies, another one gets the part.
-    The workers open the inputs and the model under the names that they have here, as on a shared disk, and
-    need tamzoo; only this process writes.
+    The workers open the inputs and the model under the names that they have here, relative ones in the same
+    folder, as on a shared disk, and need tamzoo; only this process writes.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class OnRay:
             ValueError: no Ray here, or none at the address.
         """
         self._ray = _connect(address)
-        self._arguments = (load, sha256, batch, top)
+        self._arguments = (str(Path.cwd()), load, sha256, batch, top)
         self._progress = progress
         self.workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
@@ -81,7 +82,10 @@ class OnRay:
 class _Worker:
     """What answers one part after the other in a process of its own."""
 
-    def __init__(self, load: Callable[[int], Classifier], sha256: str, batch: int, top: int) -> None:
+    def __init__(
+        self, folder: str, load: Callable[[int], Classifier], sha256: str, batch: int, top: int
+    ) -> None:
+        os.chdir(folder)  # Ray starts it in the folder of the cluster's head
         self.classifier, self.batch, self.top = load(1), batch, top
         if self.classifier.sha256 != sha256:
             raise ValueError(f"another model on {socket.gethostname()} than here, under the same name")

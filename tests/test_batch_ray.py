@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -73,6 +74,20 @@ def test_with_a_worker_killed_in_mid_run_every_row_is_there_once(cluster, shard,
     found = parquet.read_table(tmp_path / "ray.parquet")
     expect_colours(found.to_pylist(), ROWS)
     assert found.equals(parquet.read_table(tmp_path / "here.parquet"))
+
+
+@pytest.mark.slow
+def test_relative_names_mean_to_workers_what_they_mean_here(cluster, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for n in range(3):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(coloured(n))
+    monkeypatch.chdir(tmp_path)  # the cluster was started elsewhere
+    out = Path("out.parquet")
+    engine = OnRay(cluster, partial(colour_classifier, None), "colours")
+    run_job(Job(model="colours", parts=list_parts(["pictures"], out), top=5, out=out), engine)
+    rows = parquet.read_table(out).to_pylist()
+    expect_colours(rows, 3)
+    assert [row["path"] for row in rows] == [f"pictures/{n}.png" for n in range(3)]
 
 
 @pytest.mark.slow
