@@ -40,10 +40,11 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What two calls must agree on to be of the same job."""
+        """What two calls must agree on to be of the same job: the input's files by name, size and time."""
         listing = hashlib.sha256()
         for part in self.parts:
-            listing.update(json.dumps(asdict(part)).encode())
+            stamps = [_stamp(path) for path in part.paths or (part.shard,)]
+            listing.update(json.dumps([asdict(part), stamps]).encode())
         rows = sum(part.n for part in self.parts)
         return {"model": self.model, "input": listing.hexdigest(), "rows": rows, "top": self.top}
 
@@ -113,6 +114,14 @@ def check_output(out: Path) -> None:
         raise ValueError(f"cannot write {out}: there is no folder {out.parent}; make it first")
 
 
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None  # its row says why
+    return found.st_size, found.st_mtime_ns
+
+
 def _is_finished(job: Job) -> bool:
     if not job.out.exists():
         return False
@@ -135,6 +144,8 @@ def _open_folder(job: Job) -> None:
     with _keeping(job):
         job.folder.mkdir(exist_ok=True)
         if not note.exists():
+            for left in job.folder.glob("*.parquet"):  # nobody knows of which job
+                left.unlink()
             write_whole(note, json.dumps(job.identity))
     stored = json.loads(note.read_text())
     if changed := [key for key, value in job.identity.items() if stored.get(key) != value]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -176,6 +177,33 @@ def test_the_parts_of_another_job_are_refused(pictures, tmp_path, monkeypatch):
     (pictures / "0" / "000.png").rename(pictures / "0" / "000b.png")
     with pytest.raises(ValueError, match=r"parts of another job \(other input\)"):
         run([pictures], out)
+
+
+@pytest.mark.parametrize("kind", ["picture", "shard"])
+def test_an_input_that_has_changed_in_place_is_another_input(pictures, tmp_path, monkeypatch, kind):
+    path = pictures / "0" / "000.png"
+    if kind == "shard":
+        path = Path(shard(tmp_path / "shard.parquet", [coloured(n) for n in range(12)], pa.binary()))
+    run([path], tmp_path / "done.parquet")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("tamzoo.batch._merge", lambda job: sys.exit("killed"))
+        run([path], tmp_path / "killed.parquet")
+    found = path.stat()
+    for content, ns in ((path.read_bytes(), 1), (path.read_bytes() + path.read_bytes(), 0)):
+        path.write_bytes(content)  # of the same rows
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + ns))
+        with pytest.raises(ValueError, match="there already, not of this model and input"):
+            run([path], tmp_path / "done.parquet")
+        with pytest.raises(ValueError, match=r"parts of another job \(other input\)"):
+            run([path], tmp_path / "killed.parquet")
+
+
+def test_parts_that_have_lost_their_note_are_not_kept(pictures, tmp_path):
+    out = tmp_path / "x.parquet"
+    parts_folder(out).mkdir()  # as a kill leaves it in mid removal
+    (parts_folder(out) / "00000000.parquet").write_bytes(b"another job's")
+    assert run([pictures], out).predicted == 120
+    expect_colours(rows_of(out), 120)
 
 
 def test_an_output_among_its_inputs_is_no_input(pictures):
