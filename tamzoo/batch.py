@@ -15,7 +15,7 @@ from typing import Any
 from tamzoo.answers import Engine, schema
 from tamzoo.checkpoint import whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
-from tamzoo.shards import parquet_library
+from tamzoo.shards import MARK, parquet_library
 
 _PARTS_A_GROUP = 16  # a row group of the finished file
 
@@ -47,6 +47,11 @@ class Job:
             listing.update(json.dumps([asdict(part), stamps]).encode())
         rows = sum(part.n for part in self.parts)
         return {"model": self.model, "input": listing.hexdigest(), "rows": rows, "top": self.top}
+
+    @property
+    def metadata(self) -> dict[bytes, str]:
+        """What marks its parquet files as predictions, which are no input."""
+        return {MARK: json.dumps(self.identity)}
 
     def file_of(self, part: Part) -> Path:
         return self.folder / f"{part.index:08d}.parquet"
@@ -84,7 +89,7 @@ def run_job(job: Job, engine: Engine) -> Summary:
         for part, found in engine(job.pending()):
             assert len(found.table) == part.n
             with _keeping(job), whole_file(job.file_of(part)) as file:
-                parquet_library().write_table(found.table, file)
+                parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
             predicted += part.n
             model_s += found.model_s
         with _keeping(job):
@@ -128,7 +133,7 @@ def _is_finished(job: Job) -> bool:
     from pyarrow import ArrowException
 
     try:
-        stored = (parquet_library().read_schema(job.out).metadata or {}).get(b"tamzoo", b"null")
+        stored = (parquet_library().read_schema(job.out).metadata or {}).get(MARK, b"null")
     except (ArrowException, OSError):
         stored = b"null"
     if json.loads(stored) != job.identity:
@@ -162,7 +167,7 @@ def _merge(job: Job) -> None:
     import pyarrow as pa
 
     parquet, merged = parquet_library(), job.folder / "merged.parquet"
-    columns = schema().with_metadata({"tamzoo": json.dumps(job.identity)})
+    columns = schema().with_metadata(job.metadata)
     with whole_file(merged) as file, parquet.ParquetWriter(file, columns) as writer:
         for start in range(0, len(job.parts), _PARTS_A_GROUP):
             some = job.parts[start : start + _PARTS_A_GROUP]

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from tamzoo.images import SUFFIXES
 from tamzoo.shards import Row, open_shard, shard_rows
 
 PART_ROWS = 1024  # at most; work that a kill costs
+_PARTS = ".parquet.parts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,17 @@ class Batch:
     last: bool  # of its part
 
 
-def list_parts(given: Iterable[str], out: Path, column: str | None = None) -> list[Part]:
+def list_parts(given: Collection[str], out: Path, column: str | None = None) -> list[Part]:
     """The parts of a job, the same at every call while the files are.
 
     Args:
-        given: Pictures, parquet shards, folders of either (with their subfolders) and globs.
+        given: Pictures, parquet shards, folders of either (with their subfolders) and globs; predictions
+            among what they hold are left out.
         out: The job's output, no input even where it lies among them.
         column: The shards' with the pictures, where they have several that could be.
     Raises:
-        ValueError: nothing there, a folder or glob without pictures, a shard without an image column.
+        ValueError: nothing there, a folder or glob without pictures, a shard without an image column,
+            predictions given as input.
     """
     parts: list[Part] = []
     pictures: list[str] = []
@@ -80,8 +83,12 @@ def list_parts(given: Iterable[str], out: Path, column: str | None = None) -> li
             if len(pictures) == PART_ROWS:
                 close()
             continue
+        if (shard := open_shard(path, column)) is None:
+            if path in given:
+                raise ValueError(f"{path}: expected pictures, found predictions of tamzoo; leave it out")
+            continue
         close()
-        n, name = open_shard(path, column)
+        n, name = shard
         for start in range(0, n, PART_ROWS):
             rows = min(PART_ROWS, n - start)
             parts.append(Part(index=len(parts), n=rows, shard=path, column=name, start=start))
@@ -131,20 +138,24 @@ def _files(given: str) -> Iterator[str]:
         if not found:
             raise ValueError(f"{given}: matches nothing; expected pictures or parquet files")
         for path in found:
+            if any(name.endswith(_PARTS) for name in Path(path).parts):
+                continue
             yield from _files_in(path) if Path(path).is_dir() else (path,)
     else:
         raise ValueError(f"{given}: expected pictures, a folder, a glob or parquet files, found nothing")
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    """Pictures and shards under a folder in a fixed order; what is hidden is left out."""
+    """Pictures and shards under a folder in a fixed order; what is hidden or a job's parts is left out."""
 
     def refuse(error: OSError) -> None:
         raise error
 
     found, others = False, 0
     for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not name.endswith(_PARTS)
+        )
         for path in (Path(here, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in SUFFIXES | {".parquet"}:
                 found = True

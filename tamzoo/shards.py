@@ -8,6 +8,7 @@ Row = tuple[
     str, Path | bytes | None
 ]  # a key; a picture's file, the bytes of one, or None where there is none
 
+MARK = b"tamzoo"  # in the metadata of a parquet file: it holds predictions
 _READ_ROWS = 64  # in memory at once
 _READ_BYTES = 2**20
 _PATH_COLUMNS = ("image", "img", "path", "file", "file_name")  # texts under another name are no pictures
@@ -26,8 +27,10 @@ def parquet_library() -> Any:
     return parquet
 
 
-def open_shard(path: str, column: str | None = None) -> tuple[int, str]:
+def open_shard(path: str, column: str | None = None) -> tuple[int, str] | None:
     """The number of rows of a shard and its image column: the Hub's {bytes, path}, plain bytes, or paths.
+
+    None for the predictions of a job, whose `path` is no input.
 
     Raises:
         ValueError: not a parquet file, no such column, or several where `column` does not say which.
@@ -40,6 +43,8 @@ def open_shard(path: str, column: str | None = None) -> tuple[int, str]:
             schema, n = file.schema_arrow, file.metadata.num_rows
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
+    if MARK in (schema.metadata or {}):
+        return None
     pictures = [field.name for field in schema if _holds_bytes(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
     found = pictures or [name for name in texts if name in _PATH_COLUMNS]

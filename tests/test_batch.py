@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,7 +44,7 @@ def shard(path: Path, cells: list, kind: pa.DataType, name: str = "image", group
 
 
 def job_of(given, out, **changes) -> Job:
-    return replace(Job(model="colours", parts=list_parts(map(str, given), out), top=5, out=out), **changes)
+    return replace(Job(model="colours", parts=list_parts([*map(str, given)], out), top=5, out=out), **changes)
 
 
 def run(given, out, **changes):
@@ -214,6 +213,24 @@ def test_an_output_among_its_inputs_is_no_input(pictures):
     shard(out, [coloured(0)], pa.binary())
     for given in ([pictures], [pictures / "**"], [pictures, out]):
         assert job_of(given, out).identity["rows"] == first.identity["rows"] == 120
+
+
+def test_predictions_are_no_input_of_another_job(pictures, tmp_path, monkeypatch):
+    first, out = pictures / "0" / "012-first.parquet", pictures / "1" / "x.parquet"
+    before = job_of([pictures], out).identity
+    run([pictures], first)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("tamzoo.batch._merge", lambda job: sys.exit("killed"))
+        run([pictures], pictures / "killed.parquet")
+    parts = parts_folder(pictures / "killed.parquet")
+    assert len(list(parts.glob("*.parquet"))) == 12
+    assert job_of([pictures], out).identity == before
+    for given in ([pictures / "**"], [pictures / "*"], [pictures / "**" / "*.p*"]):
+        assert job_of(given, out).identity["rows"] == 120
+    for path in (first, parts / "00000000.parquet"):
+        with pytest.raises(ValueError, match=r"\.parquet: expected pictures, found predictions of tamzoo"):
+            job_of([pictures, path], out)
+    assert run([pictures, first], first).predicted == 0  # as the shell names it at the second call
 
 
 def test_workers_are_few_batches_ahead_and_answers_stay_in_order():
