@@ -78,7 +78,7 @@ def list_parts(given: Collection[str], out: Path, column: str | None = None) -> 
     for path in dict.fromkeys(path for one in given for path in _files(one)):
         if _is_output(path, out):
             continue
-        if not path.endswith(".parquet"):
+        if not _is_parquet(path):
             pictures.append(path)
             if len(pictures) == PART_ROWS:
                 close()
@@ -121,8 +121,12 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
+def _is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
 def _is_output(path: str, out: Path) -> bool:
-    if not path.endswith(".parquet"):
+    if not _is_parquet(path):
         return False
     resolved = Path(path).resolve()
     return resolved == out.resolve() or resolved.parent == parts_folder(out).resolve()
@@ -146,13 +150,17 @@ def _files(given: str) -> Iterator[str]:
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    """Pictures and shards under a folder in a fixed order; what is hidden or a job's parts is left out."""
+    """Pictures and shards under a folder and its links in a fixed order; no hidden files, no job's parts."""
 
     def refuse(error: OSError) -> None:
         raise error
 
-    found, others = False, 0
-    for here, folders, files in os.walk(folder, onerror=refuse):
+    found, others, seen = False, 0, set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := Path(here).resolve()) in seen:  # by a link, which may lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not name.endswith(_PARTS)
         )

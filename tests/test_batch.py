@@ -69,6 +69,26 @@ def test_every_picture_under_a_folder_is_a_row(pictures, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["glob.parquet", "pictures", "x.parquet"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="links need rights elsewhere")
+def test_a_folder_holds_what_its_links_lead_to_once(pictures, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for link, there in {"a": pictures / "0", "b": pictures, "c": folder, "d": pictures / "1"}.items():
+        (folder / link).symlink_to(there, target_is_directory=True)
+    run([folder], tmp_path / "out.parquet")
+    rows = rows_of(tmp_path / "out.parquet")
+    expect_colours(rows, 120)
+    assert [Path(row["path"]).parent for row in rows[::50]] == [folder / name for name in ("a", "b/1", "b/2")]
+
+
+def test_a_shard_may_have_its_suffix_in_capitals(tmp_path):
+    path = shard(tmp_path / "X.PARQUET", [coloured(n) for n in range(30)], pa.binary())
+    for given in ([path], [tmp_path]):
+        assert job_of(given, tmp_path / "out.parquet").parts[0].shard == path
+    run([tmp_path], tmp_path / "out.parquet")
+    expect_colours(rows_of(tmp_path / "out.parquet"), 30)
+
+
 @pytest.mark.parametrize("layout", ["hub", "hub-paths", "bytes", "paths"])
 def test_every_row_of_a_shard_is_a_row(pictures, tmp_path, layout):
     files = sorted(pictures.rglob("*.png"))
