@@ -61,17 +61,30 @@ def open_shard(path: str, column: str | None = None) -> tuple[int, str] | None:
 
 
 def shard_rows(path: str, column: str, start: int) -> Iterator[Row]:
-    """The rows of a shard from `start` to its end."""
-    with parquet_library().ParquetFile(path, buffer_size=_READ_BYTES) as file:
-        group = number = 0
-        while number + (rows := file.metadata.row_group(group).num_rows) <= start:
-            group, number = group + 1, number + rows
-        groups = range(group, file.num_row_groups)
-        for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=[column]):
-            cells = batch.column(0).slice(max(0, start - number)).to_pylist()
-            for row, cell in enumerate(cells, max(number, start)):
-                yield f"{path}:{row}", _picture(cell, Path(path).parent)
-            number += len(batch)
+    """The rows of a shard from `start` to its end.
+
+    Raises:
+        ValueError: the shard is damaged, or has changed since it was listed.
+    """
+    parquet = parquet_library()
+    from pyarrow import ArrowException
+
+    group = number = 0
+    try:
+        with parquet.ParquetFile(path, buffer_size=_READ_BYTES) as file:
+            while number + (rows := file.metadata.row_group(group).num_rows) <= start:
+                group, number = group + 1, number + rows
+            groups = range(group, file.num_row_groups)
+            for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=[column]):
+                cells = batch.column(0).slice(max(0, start - number)).to_pylist()
+                for row, cell in enumerate(cells, max(number, start)):
+                    yield f"{path}:{row}", _picture(cell, Path(path).parent)
+                number += len(batch)
+    except (ArrowException, OSError, IndexError) as error:
+        told = " ".join(str(error).split())  # arrow's have several lines
+        raise ValueError(
+            f"{path}: cannot be read after row {number} ({told}); fetch it again or leave it out"
+        ) from error
 
 
 def _picture(cell: Any, folder: Path) -> Path | bytes | None:

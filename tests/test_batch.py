@@ -16,6 +16,7 @@ from tamzoo.answers import Here, ahead, answer
 from tamzoo.batch import Job, run_job
 from tamzoo.images import PICTURES, open_picture
 from tamzoo.parts import batches_of, list_parts, parts_folder
+from tamzoo.shards import shard_rows
 from tests.colours import colour_classifier, colour_onnx, coloured, expect_colours
 from tests.conftest import refused
 
@@ -129,6 +130,35 @@ def test_a_row_without_a_picture_says_so(tmp_path):
         f"{path}:{n}: expected a picture, found null" for n in (0, 1)
     ] + [None]
     assert rows[2]["label"] == "blue" and rows[0]["top"] is None
+
+
+def test_a_shard_that_cannot_be_read_is_named_with_the_row(tmp_path):
+    path = shard(tmp_path / "x.parquet", [os.urandom(999) for _ in range(300)], pa.binary(), group=100)
+    column = parquet.read_metadata(path).row_group(2).column(1)
+    content = bytearray(Path(path).read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(content)
+    for start, row in ((0, 192), (210, 200)):
+        with pytest.raises(
+            ValueError, match=rf"x.parquet: cannot be read after row {row} \(.*\); fetch it again or"
+        ):
+            list(shard_rows(path, "image", start))
+    Path(path).write_bytes(whole)
+    with pytest.raises(ValueError, match=r"x.parquet: cannot be read after row 300 \(.*; fetch it again"):
+        list(shard_rows(path, "image", 310))  # a start from when it was longer
+
+
+def test_a_picture_that_the_system_refuses_is_one_error(pictures, tmp_path, monkeypatch):
+    def refuses_one(path):
+        if path.name == "007.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_picture(path)
+
+    monkeypatch.setattr("tamzoo.answers.open_picture", refuses_one)
+    assert run([pictures], tmp_path / "out.parquet").errors == 3
+    assert "Permission denied" in rows_of(tmp_path / "out.parquet")[7]["error"]
 
 
 def test_what_the_single_picture_path_refuses_is_an_error_of_the_same_words(tmp_path):
