@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from tamzoo.answers import Engine, schema
 from tamzoo.checkpoint import whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
@@ -80,20 +82,20 @@ def run_job(job: Job, engine: Engine) -> Summary:
     once the output is there, it does nothing.
 
     Raises:
-        ValueError: the output's name does not fit, or is taken by another job.
+        ValueError: the output's name does not fit, is taken by another job, or another call is at work on it.
         OSError: it cannot be written; says which rows are kept.
     """
     began, predicted, model_s = time.perf_counter(), 0, 0.0
     if not _is_finished(job):
-        _open_folder(job)
-        for part, found in engine(job.pending()):
-            assert len(found.table) == part.n
-            with _keeping(job), whole_file(job.file_of(part)) as file:
-                parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
-            predicted += part.n
-            model_s += found.model_s
-        with _keeping(job):
-            _merge(job)
+        with _own_folder(job):
+            for part, found in engine(job.pending()):
+                assert len(found.table) == part.n
+                with _keeping(job), whole_file(job.file_of(part)) as file:
+                    parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
+                predicted += part.n
+                model_s += found.model_s
+            with _keeping(job):
+                _merge(job)
     shutil.rmtree(job.folder, ignore_errors=True)
     seconds = time.perf_counter() - began
     return Summary(
@@ -143,11 +145,26 @@ def _is_finished(job: Job) -> bool:
     return True
 
 
-def _open_folder(job: Job) -> None:
-    """Makes the folder of the parts, or goes on with the one that a kill has left."""
-    note = job.folder / "job.json"
+@contextmanager
+def _own_folder(job: Job) -> Iterator[None]:
+    """The folder of the parts, new or left by a kill, for this call alone."""
     with _keeping(job):
         job.folder.mkdir(exist_ok=True)
+        try:
+            held = FileLock(job.folder / "job.lock").acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"{job.out}: another call is writing it; wait for its end, or pass another --out"
+            ) from error
+    with held:
+        _open_folder(job)
+        yield
+
+
+def _open_folder(job: Job) -> None:
+    """Makes sure that what the folder holds is of this job."""
+    note = job.folder / "job.json"
+    with _keeping(job):
         if not note.exists():
             for left in job.folder.glob("*.parquet"):  # nobody knows of which job
                 left.unlink()

@@ -247,6 +247,22 @@ def test_an_input_that_has_changed_in_place_is_another_input(pictures, tmp_path,
             run([path], tmp_path / "killed.parquet")
 
 
+def test_two_calls_at_once_do_not_mix(pictures, tmp_path):
+    out, refusals = tmp_path / "x.parquet", []
+
+    def meanwhile(items, text):
+        for model in ("colours", "another"):
+            with pytest.raises(ValueError, match=r"x.parquet: another call is writing it; wait") as refusal:
+                run([pictures], out, model=model)
+            refusals.append(refusal)
+        return items
+
+    first = Here(classifier=colour_classifier(), workers=2, batch=4, progress=meanwhile)
+    assert run_job(job_of([pictures], out), first).predicted == 120
+    assert len(refusals) == 2 and not parts_folder(out).exists()
+    expect_colours(rows_of(out), 120)
+
+
 def test_parts_that_have_lost_their_note_are_not_kept(pictures, tmp_path):
     out = tmp_path / "x.parquet"
     parts_folder(out).mkdir()  # as a kill leaves it in mid removal
