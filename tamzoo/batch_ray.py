@@ -86,16 +86,25 @@ class _Worker:
         self, folder: str, load: Callable[[int], Classifier], sha256: str, batch: int, top: int
     ) -> None:
         os.chdir(folder)  # Ray starts it in the folder of the cluster's head
-        self.classifier, self.batch, self.top = load(1), batch, top
+        self.classifier, self.top = load(1), top
         if self.classifier.sha256 != sha256:
             raise ValueError(f"another model on {socket.gethostname()} than here, under the same name")
+        self.given: list[Part] = []
+        # one for all parts, so that a row group of several is read once
+        self.batches = batches_of(iter(self.given.pop, None), batch)
 
     def __call__(self, block: Any) -> Any:
         """A row that holds a part -> a row that holds its answer."""
         import pyarrow as pa
 
         (part,) = (Part(**row) for row in block.to_pylist())
-        found = joined([answer(self.classifier, b.rows, self.top) for b in batches_of([part], self.batch)])
+        self.given.append(part)
+        answers: list[Answer] = []
+        for batch in self.batches:
+            answers.append(answer(self.classifier, batch.rows, self.top))
+            if batch.last:
+                break
+        found = joined(answers)
         stream = io.BytesIO()
         with pa.ipc.new_stream(stream, found.table.schema) as writer:
             writer.write_table(found.table)

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,7 @@ class Part:
         shard: A parquet file; empty for pictures.
         column: The shard's column that holds the pictures.
         start: Its first row in the shard.
+        group: The first row of the row group that holds `start`; nearer one cannot begin to read.
     """
 
     index: int
@@ -32,12 +34,13 @@ class Part:
     shard: str = ""
     column: str = ""
     start: int = 0
+    group: int = 0
 
-    def follows(self, other: "Part | None") -> bool:
-        """Whether its rows come right after the other's in the same shard."""
-        if other is None or not self.shard:
+    def follows(self, other: "Part") -> bool:
+        """Whether reading on from the other's end in the same shard is no longer than beginning anew."""
+        if not self.shard or self.shard != other.shard:
             return False
-        return self.shard == other.shard and self.start == other.start + other.n
+        return self.group <= other.start + other.n <= self.start
 
     def rows(self) -> Iterator[Row]:
         """Its rows; where it is of a shard, also those after it."""
@@ -88,10 +91,11 @@ def list_parts(given: Collection[str], out: Path, column: str | None = None) -> 
                 raise ValueError(f"{path}: expected pictures, found predictions of tamzoo; leave it out")
             continue
         close()
-        n, name = shard
-        for start in range(0, n, PART_ROWS):
-            rows = min(PART_ROWS, n - start)
-            parts.append(Part(index=len(parts), n=rows, shard=path, column=name, start=start))
+        (*groups, end), name = shard
+        for start in range(0, end, PART_ROWS):
+            group, n = groups[bisect_right(groups, start) - 1], min(PART_ROWS, end - start)
+            part = Part(index=len(parts), n=n, shard=path, column=name, start=start, group=group)
+            parts.append(part)
     close()
     if not parts:
         raise ValueError(f"{', '.join(given)}: no rows, so nothing to predict")
@@ -101,12 +105,17 @@ def list_parts(given: Collection[str], out: Path, column: str | None = None) -> 
 def batches_of(parts: Iterable[Part], size: int) -> Iterator[Batch]:
     """The rows of parts in batches of at most `size`; parts that follow one another are read in one pass.
 
+    It asks for a part when the one before has gone, so that parts may come one by one.
+
     Raises:
         ValueError: a shard has fewer rows than it had when it was listed.
     """
     before, rows = None, iter(())
     for part in parts:
-        rows = rows if part.follows(before) else part.rows()
+        if before and part.follows(before):
+            next(islice(rows, gap := part.start - before.start - before.n, gap), None)  # skips it
+        else:
+            rows = part.rows()
         before = part
         for begin in range(0, part.n, size):
             wanted = min(size, part.n - begin)

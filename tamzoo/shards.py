@@ -1,6 +1,7 @@
 """Parquet shards that hold pictures: which column, and its rows one by one."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ def parquet_library() -> Any:
     return parquet
 
 
-def open_shard(path: str, column: str | None = None) -> tuple[int, str] | None:
-    """The number of rows of a shard and its image column: the Hub's {bytes, path}, plain bytes, or paths.
+def open_shard(path: str, column: str | None = None) -> tuple[list[int], str] | None:
+    """Where a shard's row groups begin and the last one ends, and its column of pictures.
 
-    None for the predictions of a job, whose `path` is no input.
+    That is the Hub's {bytes, path}, plain bytes, or paths. None for the predictions of a job, whose `path`
+    is no input.
 
     Raises:
         ValueError: not a parquet file, no such column, or several where `column` does not say which.
@@ -40,7 +42,8 @@ def open_shard(path: str, column: str | None = None) -> tuple[int, str] | None:
 
     try:
         with parquet.ParquetFile(path) as file:
-            schema, n = file.schema_arrow, file.metadata.num_rows
+            schema, rows = file.schema_arrow, file.metadata
+            sizes = [rows.row_group(group).num_rows for group in range(rows.num_row_groups)]
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
     if MARK in (schema.metadata or {}):
@@ -57,7 +60,7 @@ def open_shard(path: str, column: str | None = None) -> tuple[int, str] | None:
             f"{path}: {'several columns' if found else f'no {wanted}'}, expected {{bytes, path}}, bytes or "
             f"paths of pictures; found {there}; say which with --column"
         )
-    return n, found[0]
+    return [0, *accumulate(sizes)], found[0]
 
 
 def shard_rows(path: str, column: str, start: int) -> Iterator[Row]:

@@ -115,7 +115,7 @@ def test_a_shard_reads_the_same_from_any_part(tmp_path, group):
         [shard(tmp_path / "x.parquet", cells, pa.binary(), group=group)], tmp_path / "o.parquet"
     )
     assert [part.n for part in parts] == [10] * 14 + [3]
-    for some in (parts, parts[9:], parts[::2], parts[5:6] + parts[11:]):
+    for some in (parts, parts[9:], parts[::2], parts[5:6] + parts[11:], parts[::-1]):
         batches = list(batches_of(some, 4))
         found = [picture for batch in batches for _, picture in batch.rows]
         assert found == [cell for part in some for cell in cells[part.start : part.start + part.n]]
