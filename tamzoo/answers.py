@@ -77,7 +77,7 @@ def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
     for key, source in rows:
         try:
             pixels[n] = classifier.pixels(_picture(key, source))
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # a name too long, a folder that may not be read
             errors.append(_utf8(str(error)))
             places.append(None)
         else:

@@ -12,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from tamzoo.answers import Engine, schema
 from tamzoo.checkpoint import whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
-from tamzoo.shards import parquet_library
+from tamzoo.shards import MARK, parquet_library
 
 _PARTS_A_GROUP = 16  # a row group of the finished file
 
@@ -40,12 +42,18 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What two calls must agree on to be of the same job."""
+        """What two calls must agree on to be of the same job: the input's files by name, size and time."""
         listing = hashlib.sha256()
         for part in self.parts:
-            listing.update(json.dumps(asdict(part)).encode())
+            stamps = [_stamp(path) for path in part.paths or (part.shard,)]
+            listing.update(json.dumps([asdict(part), stamps]).encode())
         rows = sum(part.n for part in self.parts)
         return {"model": self.model, "input": listing.hexdigest(), "rows": rows, "top": self.top}
+
+    @property
+    def metadata(self) -> dict[bytes, str]:
+        """What marks its parquet files as predictions, which are no input."""
+        return {MARK: json.dumps(self.identity)}
 
     def file_of(self, part: Part) -> Path:
         return self.folder / f"{part.index:08d}.parquet"
@@ -74,20 +82,20 @@ def run_job(job: Job, engine: Engine) -> Summary:
     once the output is there, it does nothing.
 
     Raises:
-        ValueError: the output's name does not fit, or is taken by another job.
+        ValueError: the output's name does not fit, is taken by another job, or another call is at work on it.
         OSError: it cannot be written; says which rows are kept.
     """
     began, predicted, model_s = time.perf_counter(), 0, 0.0
     if not _is_finished(job):
-        _open_folder(job)
-        for part, found in engine(job.pending()):
-            assert len(found.table) == part.n
-            with _keeping(job), whole_file(job.file_of(part)) as file:
-                parquet_library().write_table(found.table, file)
-            predicted += part.n
-            model_s += found.model_s
-        with _keeping(job):
-            _merge(job)
+        with _own_folder(job):
+            for part, found in engine(job.pending()):
+                assert len(found.table) == part.n
+                with _keeping(job), whole_file(job.file_of(part)) as file:
+                    parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
+                predicted += part.n
+                model_s += found.model_s
+            with _keeping(job):
+                _merge(job)
     shutil.rmtree(job.folder, ignore_errors=True)
     seconds = time.perf_counter() - began
     return Summary(
@@ -113,13 +121,21 @@ def check_output(out: Path) -> None:
         raise ValueError(f"cannot write {out}: there is no folder {out.parent}; make it first")
 
 
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None  # its row says why
+    return found.st_size, found.st_mtime_ns
+
+
 def _is_finished(job: Job) -> bool:
     if not job.out.exists():
         return False
     from pyarrow import ArrowException
 
     try:
-        stored = (parquet_library().read_schema(job.out).metadata or {}).get(b"tamzoo", b"null")
+        stored = (parquet_library().read_schema(job.out).metadata or {}).get(MARK, b"null")
     except (ArrowException, OSError):
         stored = b"null"
     if json.loads(stored) != job.identity:
@@ -129,12 +145,29 @@ def _is_finished(job: Job) -> bool:
     return True
 
 
-def _open_folder(job: Job) -> None:
-    """Makes the folder of the parts, or goes on with the one that a kill has left."""
-    note = job.folder / "job.json"
+@contextmanager
+def _own_folder(job: Job) -> Iterator[None]:
+    """The folder of the parts, new or left by a kill, for this call alone."""
     with _keeping(job):
         job.folder.mkdir(exist_ok=True)
+        try:
+            held = FileLock(job.folder / "job.lock").acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"{job.out}: another call is writing it; wait for its end, or pass another --out"
+            ) from error
+    with held:
+        _open_folder(job)
+        yield
+
+
+def _open_folder(job: Job) -> None:
+    """Makes sure that what the folder holds is of this job."""
+    note = job.folder / "job.json"
+    with _keeping(job):
         if not note.exists():
+            for left in job.folder.glob("*.parquet"):  # nobody knows of which job
+                left.unlink()
             write_whole(note, json.dumps(job.identity))
     stored = json.loads(note.read_text())
     if changed := [key for key, value in job.identity.items() if stored.get(key) != value]:
@@ -151,7 +184,7 @@ def _merge(job: Job) -> None:
     import pyarrow as pa
 
     parquet, merged = parquet_library(), job.folder / "merged.parquet"
-    columns = schema().with_metadata({"tamzoo": json.dumps(job.identity)})
+    columns = schema().with_metadata(job.metadata)
     with whole_file(merged) as file, parquet.ParquetWriter(file, columns) as writer:
         for start in range(0, len(job.parts), _PARTS_A_GROUP):
             some = job.parts[start : start + _PARTS_A_GROUP]

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tamzoo.answers import Answer, answer, joined
@@ -22,8 +23,8 @@ class OnRay:
     """Ray Data's workers, one a CPU of the cluster, each with a model of its own.
 
     A task is a part, and its answer comes back as a whole: where a worker dies, another one gets the part.
-    The workers open the inputs and the model under the names that they have here, as on a shared disk, and
-    need tamzoo; only this process writes.
+    The workers open the inputs and the model under the names that they have here, relative ones in the same
+    folder, as on a shared disk, and need tamzoo; only this process writes.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class OnRay:
             ValueError: no Ray here, or none at the address.
         """
         self._ray = _connect(address)
-        self._arguments = (load, sha256, batch, top)
+        self._arguments = (str(Path.cwd()), load, sha256, batch, top)
         self._progress = progress
         self.workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
@@ -81,17 +82,29 @@ class OnRay:
 class _Worker:
     """What answers one part after the other in a process of its own."""
 
-    def __init__(self, load: Callable[[int], Classifier], sha256: str, batch: int, top: int) -> None:
-        self.classifier, self.batch, self.top = load(1), batch, top
+    def __init__(
+        self, folder: str, load: Callable[[int], Classifier], sha256: str, batch: int, top: int
+    ) -> None:
+        os.chdir(folder)  # Ray starts it in the folder of the cluster's head
+        self.classifier, self.top = load(1), top
         if self.classifier.sha256 != sha256:
             raise ValueError(f"another model on {socket.gethostname()} than here, under the same name")
+        self.given: list[Part] = []
+        # one for all parts, so that a row group of several is read once
+        self.batches = batches_of(iter(self.given.pop, None), batch)
 
     def __call__(self, block: Any) -> Any:
         """A row that holds a part -> a row that holds its answer."""
         import pyarrow as pa
 
         (part,) = (Part(**row) for row in block.to_pylist())
-        found = joined([answer(self.classifier, b.rows, self.top) for b in batches_of([part], self.batch)])
+        self.given.append(part)
+        answers: list[Answer] = []
+        for batch in self.batches:
+            answers.append(answer(self.classifier, batch.rows, self.top))
+            if batch.last:
+                break
+        found = joined(answers)
         stream = io.BytesIO()
         with pa.ipc.new_stream(stream, found.table.schema) as writer:
             writer.write_table(found.table)

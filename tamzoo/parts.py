@@ -2,7 +2,8 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from tamzoo.images import SUFFIXES
 from tamzoo.shards import Row, open_shard, shard_rows
 
 PART_ROWS = 1024  # at most; work that a kill costs
+_PARTS = ".parquet.parts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class Part:
         shard: A parquet file; empty for pictures.
         column: The shard's column that holds the pictures.
         start: Its first row in the shard.
+        group: The first row of the row group that holds `start`; nearer one cannot begin to read.
     """
 
     index: int
@@ -31,12 +34,13 @@ class Part:
     shard: str = ""
     column: str = ""
     start: int = 0
+    group: int = 0
 
-    def follows(self, other: "Part | None") -> bool:
-        """Whether its rows come right after the other's in the same shard."""
-        if other is None or not self.shard:
+    def follows(self, other: "Part") -> bool:
+        """Whether reading on from the other's end in the same shard is no longer than beginning anew."""
+        if not self.shard or self.shard != other.shard:
             return False
-        return self.shard == other.shard and self.start == other.start + other.n
+        return self.group <= other.start + other.n <= self.start
 
     def rows(self) -> Iterator[Row]:
         """Its rows; where it is of a shard, also those after it."""
@@ -54,15 +58,17 @@ class Batch:
     last: bool  # of its part
 
 
-def list_parts(given: Iterable[str], out: Path, column: str | None = None) -> list[Part]:
+def list_parts(given: Collection[str], out: Path, column: str | None = None) -> list[Part]:
     """The parts of a job, the same at every call while the files are.
 
     Args:
-        given: Pictures, parquet shards, folders of either (with their subfolders) and globs.
+        given: Pictures, parquet shards, folders of either (with their subfolders) and globs; predictions
+            among what they hold are left out.
         out: The job's output, no input even where it lies among them.
         column: The shards' with the pictures, where they have several that could be.
     Raises:
-        ValueError: nothing there, a folder or glob without pictures, a shard without an image column.
+        ValueError: nothing there, a folder or glob without pictures, a shard without an image column,
+            predictions given as input.
     """
     parts: list[Part] = []
     pictures: list[str] = []
@@ -75,16 +81,21 @@ def list_parts(given: Iterable[str], out: Path, column: str | None = None) -> li
     for path in dict.fromkeys(path for one in given for path in _files(one)):
         if _is_output(path, out):
             continue
-        if not path.endswith(".parquet"):
+        if not _is_parquet(path):
             pictures.append(path)
             if len(pictures) == PART_ROWS:
                 close()
             continue
+        if (shard := open_shard(path, column)) is None:
+            if path in given:
+                raise ValueError(f"{path}: expected pictures, found predictions of tamzoo; leave it out")
+            continue
         close()
-        n, name = open_shard(path, column)
-        for start in range(0, n, PART_ROWS):
-            rows = min(PART_ROWS, n - start)
-            parts.append(Part(index=len(parts), n=rows, shard=path, column=name, start=start))
+        (*groups, end), name = shard
+        for start in range(0, end, PART_ROWS):
+            group, n = groups[bisect_right(groups, start) - 1], min(PART_ROWS, end - start)
+            part = Part(index=len(parts), n=n, shard=path, column=name, start=start, group=group)
+            parts.append(part)
     close()
     if not parts:
         raise ValueError(f"{', '.join(given)}: no rows, so nothing to predict")
@@ -94,12 +105,17 @@ def list_parts(given: Iterable[str], out: Path, column: str | None = None) -> li
 def batches_of(parts: Iterable[Part], size: int) -> Iterator[Batch]:
     """The rows of parts in batches of at most `size`; parts that follow one another are read in one pass.
 
+    It asks for a part when the one before has gone, so that parts may come one by one.
+
     Raises:
         ValueError: a shard has fewer rows than it had when it was listed.
     """
     before, rows = None, iter(())
     for part in parts:
-        rows = rows if part.follows(before) else part.rows()
+        if before and part.follows(before):
+            next(islice(rows, gap := part.start - before.start - before.n, gap), None)  # skips it
+        else:
+            rows = part.rows()
         before = part
         for begin in range(0, part.n, size):
             wanted = min(size, part.n - begin)
@@ -114,8 +130,12 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
+def _is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
 def _is_output(path: str, out: Path) -> bool:
-    if not path.endswith(".parquet"):
+    if not _is_parquet(path):
         return False
     resolved = Path(path).resolve()
     return resolved == out.resolve() or resolved.parent == parts_folder(out).resolve()
@@ -131,20 +151,28 @@ def _files(given: str) -> Iterator[str]:
         if not found:
             raise ValueError(f"{given}: matches nothing; expected pictures or parquet files")
         for path in found:
+            if any(name.endswith(_PARTS) for name in Path(path).parts):
+                continue
             yield from _files_in(path) if Path(path).is_dir() else (path,)
     else:
         raise ValueError(f"{given}: expected pictures, a folder, a glob or parquet files, found nothing")
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    """Pictures and shards under a folder in a fixed order; what is hidden is left out."""
+    """Pictures and shards under a folder and its links in a fixed order; no hidden files, no job's parts."""
 
     def refuse(error: OSError) -> None:
         raise error
 
-    found, others = False, 0
-    for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    found, others, seen = False, 0, set()
+    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := Path(here).resolve()) in seen:  # by a link, which may lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not name.endswith(_PARTS)
+        )
         for path in (Path(here, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in SUFFIXES | {".parquet"}:
                 found = True

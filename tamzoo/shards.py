@@ -1,6 +1,7 @@
 """Parquet shards that hold pictures: which column, and its rows one by one."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ Row = tuple[
     str, Path | bytes | None
 ]  # a key; a picture's file, the bytes of one, or None where there is none
 
+MARK = b"tamzoo"  # in the metadata of a parquet file: it holds predictions
 _READ_ROWS = 64  # in memory at once
 _READ_BYTES = 2**20
 _PATH_COLUMNS = ("image", "img", "path", "file", "file_name")  # texts under another name are no pictures
@@ -26,8 +28,11 @@ def parquet_library() -> Any:
     return parquet
 
 
-def open_shard(path: str, column: str | None = None) -> tuple[int, str]:
-    """The number of rows of a shard and its image column: the Hub's {bytes, path}, plain bytes, or paths.
+def open_shard(path: str, column: str | None = None) -> tuple[list[int], str] | None:
+    """Where a shard's row groups begin and the last one ends, and its column of pictures.
+
+    That is the Hub's {bytes, path}, plain bytes, or paths. None for the predictions of a job, whose `path`
+    is no input.
 
     Raises:
         ValueError: not a parquet file, no such column, or several where `column` does not say which.
@@ -37,9 +42,12 @@ def open_shard(path: str, column: str | None = None) -> tuple[int, str]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            schema, n = file.schema_arrow, file.metadata.num_rows
+            schema, rows = file.schema_arrow, file.metadata
+            sizes = [rows.row_group(group).num_rows for group in range(rows.num_row_groups)]
     except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
+    if MARK in (schema.metadata or {}):
+        return None
     pictures = [field.name for field in schema if _holds_bytes(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
     found = pictures or [name for name in texts if name in _PATH_COLUMNS]
@@ -52,21 +60,34 @@ def open_shard(path: str, column: str | None = None) -> tuple[int, str]:
             f"{path}: {'several columns' if found else f'no {wanted}'}, expected {{bytes, path}}, bytes or "
             f"paths of pictures; found {there}; say which with --column"
         )
-    return n, found[0]
+    return [0, *accumulate(sizes)], found[0]
 
 
 def shard_rows(path: str, column: str, start: int) -> Iterator[Row]:
-    """The rows of a shard from `start` to its end."""
-    with parquet_library().ParquetFile(path, buffer_size=_READ_BYTES) as file:
-        group = number = 0
-        while number + (rows := file.metadata.row_group(group).num_rows) <= start:
-            group, number = group + 1, number + rows
-        groups = range(group, file.num_row_groups)
-        for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=[column]):
-            cells = batch.column(0).slice(max(0, start - number)).to_pylist()
-            for row, cell in enumerate(cells, max(number, start)):
-                yield f"{path}:{row}", _picture(cell, Path(path).parent)
-            number += len(batch)
+    """The rows of a shard from `start` to its end.
+
+    Raises:
+        ValueError: the shard is damaged, or has changed since it was listed.
+    """
+    parquet = parquet_library()
+    from pyarrow import ArrowException
+
+    group = number = 0
+    try:
+        with parquet.ParquetFile(path, buffer_size=_READ_BYTES) as file:
+            while number + (rows := file.metadata.row_group(group).num_rows) <= start:
+                group, number = group + 1, number + rows
+            groups = range(group, file.num_row_groups)
+            for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=[column]):
+                cells = batch.column(0).slice(max(0, start - number)).to_pylist()
+                for row, cell in enumerate(cells, max(number, start)):
+                    yield f"{path}:{row}", _picture(cell, Path(path).parent)
+                number += len(batch)
+    except (ArrowException, OSError, IndexError) as error:
+        told = " ".join(str(error).split())  # arrow's have several lines
+        raise ValueError(
+            f"{path}: cannot be read after row {number} ({told}); fetch it again or leave it out"
+        ) from error
 
 
 def _picture(cell: Any, folder: Path) -> Path | bytes | None:

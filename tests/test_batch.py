@@ -16,6 +16,7 @@ from tamzoo.answers import Here, ahead, answer
 from tamzoo.batch import Job, run_job
 from tamzoo.images import PICTURES, open_picture
 from tamzoo.parts import batches_of, list_parts, parts_folder
+from tamzoo.shards import shard_rows
 from tests.colours import colour_classifier, colour_onnx, coloured, expect_colours
 from tests.conftest import refused
 
@@ -44,7 +45,7 @@ def shard(path: Path, cells: list, kind: pa.DataType, name: str = "image", group
 
 
 def job_of(given, out, **changes) -> Job:
-    return replace(Job(model="colours", parts=list_parts(map(str, given), out), top=5, out=out), **changes)
+    return replace(Job(model="colours", parts=list_parts([*map(str, given)], out), top=5, out=out), **changes)
 
 
 def run(given, out, **changes):
@@ -67,6 +68,26 @@ def test_every_picture_under_a_folder_is_a_row(pictures, tmp_path):
     run([pictures / "*" / "*.png"], tmp_path / "glob.parquet")
     assert rows_of(tmp_path / "glob.parquet") == rows
     assert sorted(path.name for path in tmp_path.iterdir()) == ["glob.parquet", "pictures", "x.parquet"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="links need rights elsewhere")
+def test_a_folder_holds_what_its_links_lead_to_once(pictures, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for link, there in {"a": pictures / "0", "b": pictures, "c": folder, "d": pictures / "1"}.items():
+        (folder / link).symlink_to(there, target_is_directory=True)
+    run([folder], tmp_path / "out.parquet")
+    rows = rows_of(tmp_path / "out.parquet")
+    expect_colours(rows, 120)
+    assert [Path(row["path"]).parent for row in rows[::50]] == [folder / name for name in ("a", "b/1", "b/2")]
+
+
+def test_a_shard_may_have_its_suffix_in_capitals(tmp_path):
+    path = shard(tmp_path / "X.PARQUET", [coloured(n) for n in range(30)], pa.binary())
+    for given in ([path], [tmp_path]):
+        assert job_of(given, tmp_path / "out.parquet").parts[0].shard == path
+    run([tmp_path], tmp_path / "out.parquet")
+    expect_colours(rows_of(tmp_path / "out.parquet"), 30)
 
 
 @pytest.mark.parametrize("layout", ["hub", "hub-paths", "bytes", "paths"])
@@ -94,7 +115,7 @@ def test_a_shard_reads_the_same_from_any_part(tmp_path, group):
         [shard(tmp_path / "x.parquet", cells, pa.binary(), group=group)], tmp_path / "o.parquet"
     )
     assert [part.n for part in parts] == [10] * 14 + [3]
-    for some in (parts, parts[9:], parts[::2], parts[5:6] + parts[11:]):
+    for some in (parts, parts[9:], parts[::2], parts[5:6] + parts[11:], parts[::-1]):
         batches = list(batches_of(some, 4))
         found = [picture for batch in batches for _, picture in batch.rows]
         assert found == [cell for part in some for cell in cells[part.start : part.start + part.n]]
@@ -109,6 +130,35 @@ def test_a_row_without_a_picture_says_so(tmp_path):
         f"{path}:{n}: expected a picture, found null" for n in (0, 1)
     ] + [None]
     assert rows[2]["label"] == "blue" and rows[0]["top"] is None
+
+
+def test_a_shard_that_cannot_be_read_is_named_with_the_row(tmp_path):
+    path = shard(tmp_path / "x.parquet", [os.urandom(999) for _ in range(300)], pa.binary(), group=100)
+    column = parquet.read_metadata(path).row_group(2).column(1)
+    content = bytearray(Path(path).read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin : begin + column.total_compressed_size] = bytes(column.total_compressed_size)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(content)
+    for start, row in ((0, 192), (210, 200)):
+        with pytest.raises(
+            ValueError, match=rf"x.parquet: cannot be read after row {row} \(.*\); fetch it again or"
+        ):
+            list(shard_rows(path, "image", start))
+    Path(path).write_bytes(whole)
+    with pytest.raises(ValueError, match=r"x.parquet: cannot be read after row 300 \(.*; fetch it again"):
+        list(shard_rows(path, "image", 310))  # a start from when it was longer
+
+
+def test_a_picture_that_the_system_refuses_is_one_error(pictures, tmp_path, monkeypatch):
+    def refuses_one(path):
+        if path.name == "007.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_picture(path)
+
+    monkeypatch.setattr("tamzoo.answers.open_picture", refuses_one)
+    assert run([pictures], tmp_path / "out.parquet").errors == 3
+    assert "Permission denied" in rows_of(tmp_path / "out.parquet")[7]["error"]
 
 
 def test_what_the_single_picture_path_refuses_is_an_error_of_the_same_words(tmp_path):
@@ -178,6 +228,49 @@ def test_the_parts_of_another_job_are_refused(pictures, tmp_path, monkeypatch):
         run([pictures], out)
 
 
+@pytest.mark.parametrize("kind", ["picture", "shard"])
+def test_an_input_that_has_changed_in_place_is_another_input(pictures, tmp_path, monkeypatch, kind):
+    path = pictures / "0" / "000.png"
+    if kind == "shard":
+        path = Path(shard(tmp_path / "shard.parquet", [coloured(n) for n in range(12)], pa.binary()))
+    run([path], tmp_path / "done.parquet")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("tamzoo.batch._merge", lambda job: sys.exit("killed"))
+        run([path], tmp_path / "killed.parquet")
+    found = path.stat()
+    for content, ns in ((path.read_bytes(), 1), (path.read_bytes() + path.read_bytes(), 0)):
+        path.write_bytes(content)  # of the same rows
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + ns))
+        with pytest.raises(ValueError, match="there already, not of this model and input"):
+            run([path], tmp_path / "done.parquet")
+        with pytest.raises(ValueError, match=r"parts of another job \(other input\)"):
+            run([path], tmp_path / "killed.parquet")
+
+
+def test_two_calls_at_once_do_not_mix(pictures, tmp_path):
+    out, refusals = tmp_path / "x.parquet", []
+
+    def meanwhile(items, text):
+        for model in ("colours", "another"):
+            with pytest.raises(ValueError, match=r"x.parquet: another call is writing it; wait") as refusal:
+                run([pictures], out, model=model)
+            refusals.append(refusal)
+        return items
+
+    first = Here(classifier=colour_classifier(), workers=2, batch=4, progress=meanwhile)
+    assert run_job(job_of([pictures], out), first).predicted == 120
+    assert len(refusals) == 2 and not parts_folder(out).exists()
+    expect_colours(rows_of(out), 120)
+
+
+def test_parts_that_have_lost_their_note_are_not_kept(pictures, tmp_path):
+    out = tmp_path / "x.parquet"
+    parts_folder(out).mkdir()  # as a kill leaves it in mid removal
+    (parts_folder(out) / "00000000.parquet").write_bytes(b"another job's")
+    assert run([pictures], out).predicted == 120
+    expect_colours(rows_of(out), 120)
+
+
 def test_an_output_among_its_inputs_is_no_input(pictures):
     out = pictures / "x.parquet"
     first = job_of([pictures], out)
@@ -186,6 +279,24 @@ def test_an_output_among_its_inputs_is_no_input(pictures):
     shard(out, [coloured(0)], pa.binary())
     for given in ([pictures], [pictures / "**"], [pictures, out]):
         assert job_of(given, out).identity["rows"] == first.identity["rows"] == 120
+
+
+def test_predictions_are_no_input_of_another_job(pictures, tmp_path, monkeypatch):
+    first, out = pictures / "0" / "012-first.parquet", pictures / "1" / "x.parquet"
+    before = job_of([pictures], out).identity
+    run([pictures], first)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("tamzoo.batch._merge", lambda job: sys.exit("killed"))
+        run([pictures], pictures / "killed.parquet")
+    parts = parts_folder(pictures / "killed.parquet")
+    assert len(list(parts.glob("*.parquet"))) == 12
+    assert job_of([pictures], out).identity == before
+    for given in ([pictures / "**"], [pictures / "*"], [pictures / "**" / "*.p*"]):
+        assert job_of(given, out).identity["rows"] == 120
+    for path in (first, parts / "00000000.parquet"):
+        with pytest.raises(ValueError, match=r"\.parquet: expected pictures, found predictions of tamzoo"):
+            job_of([pictures, path], out)
+    assert run([pictures, first], first).predicted == 0  # as the shell names it at the second call
 
 
 def test_workers_are_few_batches_ahead_and_answers_stay_in_order():

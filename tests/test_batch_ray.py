@@ -5,7 +5,9 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -13,7 +15,7 @@ from pyarrow import parquet
 
 from tamzoo.answers import Here
 from tamzoo.batch import Job, run_job
-from tamzoo.batch_ray import OnRay
+from tamzoo.batch_ray import OnRay, _Worker
 from tamzoo.parts import list_parts
 from tests.colours import colour_classifier, coloured, expect_colours
 from tests.conftest import refused
@@ -73,6 +75,42 @@ def test_with_a_worker_killed_in_mid_run_every_row_is_there_once(cluster, shard,
     found = parquet.read_table(tmp_path / "ray.parquet")
     expect_colours(found.to_pylist(), ROWS)
     assert found.equals(parquet.read_table(tmp_path / "here.parquet"))
+
+
+def test_a_worker_reads_a_row_group_once_for_all_its_parts(shard, tmp_path, monkeypatch):
+    parquet.write_table(parquet.read_table(shard), shard, row_group_size=ROWS)
+    parts = job_of(shard, tmp_path / "out.parquet", monkeypatch).parts
+    worker = _Worker(str(Path.cwd()), partial(colour_classifier, None), "colours", batch=8, top=5)
+    decoded, iter_batches = [0], parquet.ParquetFile.iter_batches
+
+    def counted(*arguments, **options):
+        for batch in iter_batches(*arguments, **options):
+            decoded[0] += len(batch)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+    rows = []
+    for part in parts[::3]:  # others have the rest
+        (found,) = worker(pa.Table.from_pylist([asdict(part) | {"paths": []}])).to_pylist()
+        rows += pa.ipc.open_stream(found["table"]).read_all().to_pylist()
+    assert [row["path"] for row in rows] == [
+        f"{shard}:{n}" for part in parts[::3] for n in range(part.start, part.start + part.n)
+    ]
+    assert decoded[0] <= ROWS
+
+
+@pytest.mark.slow
+def test_relative_names_mean_to_workers_what_they_mean_here(cluster, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for n in range(3):
+        (tmp_path / "pictures" / f"{n}.png").write_bytes(coloured(n))
+    monkeypatch.chdir(tmp_path)  # the cluster was started elsewhere
+    out = Path("out.parquet")
+    engine = OnRay(cluster, partial(colour_classifier, None), "colours")
+    run_job(Job(model="colours", parts=list_parts(["pictures"], out), top=5, out=out), engine)
+    rows = parquet.read_table(out).to_pylist()
+    expect_colours(rows, 3)
+    assert [row["path"] for row in rows] == [f"pictures/{n}.png" for n in range(3)]
 
 
 @pytest.mark.slow
