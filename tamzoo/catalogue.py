@@ -362,6 +362,16 @@ _TRAINED = {
         recipe="short-cpu",
         revision="v0.1.0",
     ),
+    "wrn10_4_se.cifar10": Trained(
+        sha256="b01e1d9c2537d12afe74e6d605736232ea5a69b9fe4d0ac74ba8cc52c53fd51d",
+        recipe="short-cpu",
+        revision="v0.1.0",
+    ),
+    "wrn10_4_cbam.cifar10": Trained(
+        sha256="ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
+        recipe="short-cpu",
+        revision="v0.1.0",
+    ),
     "resnet20_tam.cifar10": Trained(
         sha256="cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
         recipe="short-cpu",
