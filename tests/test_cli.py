@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
@@ -100,6 +100,17 @@ def test_wrong_weights_are_refused(tamzoo, tmp_path, weights):
     refused(tamzoo(*command), "not a whole safetensors file")
     save_file({"a": torch.zeros(1)}, path)
     refused(tamzoo(*command), "these weights are not of resnet20_tam.cifar10")
+
+
+def test_weights_that_are_not_numbers_are_refused(tamzoo, tmp_path, weights):
+    path, state = tmp_path / "nan.safetensors", load_file(weights)
+    state["fc.bias"][3] = torch.nan
+    save_file(state, path)
+    common, told = ("resnet20_tam.cifar10", "--weights", path), "nan.safetensors: fc.bias holds NaN"
+    refused(tamzoo("predict", PICTURES, "-m", *common), told)
+    refused(tamzoo("export", *common, "-o", tmp_path / "x.onnx"), told)
+    refused(tamzoo("gates", *common), told)
+    assert not (tmp_path / "x.onnx").exists()
 
 
 def wrong_pictures(folder):
