@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tamzoo.attention import GATE_TOLERANCE
-from tamzoo.catalogue import ENTRIES, Entry
+from tamzoo.catalogue import ENTRIES, OWNER, Entry
 from tamzoo.records import Record, read_record
 from tamzoo.registry import CARDS
 
@@ -44,7 +44,7 @@ def result_row(entry: Entry) -> dict[str, object]:
     """One line of results.csv; what is not known is None."""
     paper, record = entry.paper, record_of(entry)
     row: dict[str, Any] = dict.fromkeys(FIELDS)
-    row |= {"entry": entry.name, "params_m": f"{entry.params / 1e6:.3f}", "hub_id": entry.hub_id}
+    row |= {"entry": entry.name, "params_m": f"{entry.params / 1e6:.3f}", "hub_id": f"{OWNER}/{entry.name}"}
     if paper:
         row |= {
             "table": paper.table,
