@@ -26,7 +26,9 @@ def predict(
         list[str], typer.Argument(help="Pictures or folders; with --out also globs and parquet files.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="Model or entry.")] = DEMO_ENTRY,
-    onnx: Annotated[Path | None, typer.Option(help="An ONNX file in place of the model.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="An ONNX file in place of the model; gives logits.")
+    ] = None,
     weights: Weights = None,
     top: Annotated[int, typer.Option(min=1, help="Classes a picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
@@ -39,7 +41,7 @@ def predict(
         str | None, typer.Option(help="With --out: run on a Ray cluster, ADDRESS or local.")
     ] = None,
     mean: Annotated[
-        Triple | None, typer.Option(help="Of the channels in [0, 1], for an ONNX file that is not ours.")
+        Triple | None, typer.Option(help="Of pixels scaled to 0..1, for an ONNX file that is not ours.")
     ] = None,
     std: Annotated[Triple | None, typer.Option(help="As --mean.")] = None,
     labels: Annotated[

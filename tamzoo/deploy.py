@@ -136,6 +136,7 @@ def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[
         "mean": dataset.mean,
         "std": dataset.std,
         "input_size": dataset.input_size,
+        "crop_pct": dataset.crop_pct,
         "input": "uint8 NHWC" if uint8 else "float32 NCHW",
         "gates_left": list(gates_of(deployed)),
     }
