@@ -108,8 +108,14 @@ def with_results(readme: str) -> str:
 
 
 def write_results(root: Path) -> list[Path]:
-    """Rewrites results.csv and the README's table in a clone; returns what was written."""
+    """Rewrites results.csv and the README's table in a clone; returns what was written.
+
+    Raises:
+        ValueError: not a clone; nothing is written.
+    """
     readme = root / "README.md"
+    if not readme.is_file():
+        raise ValueError(f"{root}: expected a clone of tamzoo, found no README.md; change into one")
     pages = {readme: with_results(readme.read_text(encoding="utf-8")), root / "results.csv": results_csv()}
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
