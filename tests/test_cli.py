@@ -145,6 +145,29 @@ def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--onnx", "x.onnx", "-m", "wrn10_4_tam"), "leave out either it or --model and --weights"),
+        (("--onnx", "x.onnx", "--weights", "x.safetensors"), "leave out either it or --model and --weights"),
+        (("--ray", "local"), "pass --out FILE.parquet too"),
+        (("--batch", 64), "pass --out FILE.parquet too"),
+        (("--column", "image"), "pass --out FILE.parquet too"),
+        (("--labels", "x.txt"), "pass --onnx FILE too"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tamzoo, given, told):
+    refused(tamzoo("predict", PICTURES, *given), told)
+
+
+def test_results_outside_a_clone_are_refused_and_nothing_is_written(tamzoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(tamzoo("results"), "expected a clone of tamzoo, found no README.md")
+    (tmp_path / "README.md").write_text("another project's")
+    refused(tamzoo("results"), "the README lacks the marks")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_missing_data_is_told(tamzoo, tmp_path, monkeypatch):
     monkeypatch.delenv("TAMZOO_DATA", raising=False)
     refused(tamzoo("evaluate", "resnet20_tam.cifar10"), "pass --data DIR or set TAMZOO_DATA")
