@@ -204,12 +204,12 @@ def _identity(weights: str, told: dict[str, Any]) -> str:
 
 def _input_of(session: Any) -> tuple[tuple[int, int, int], bool]:
     """The (3, h, w) that an ONNX graph takes, and whether as raw bytes (n, h, w, 3)."""
-    inputs = session.get_inputs()
-    kind, (n, *shape) = (inputs[0].type, inputs[0].shape or [0]) if len(inputs) == 1 else ("", [0])
+    inputs: list[Any] = session.get_inputs()
+    kind, shape = (inputs[0].type, inputs[0].shape) if len(inputs) == 1 else ("", [])
     raw = kind == "tensor(uint8)"
-    size = (shape[-1], *shape[:-1]) if raw else tuple(shape)
+    size: Any = tuple(shape[3:] + shape[1:3] if raw else shape[1:])
     fits = len(size) == 3 and size[0] == 3 and all(isinstance(extent, int) for extent in size)
-    if isinstance(n, int) or kind not in _TYPES or not fits:
+    if not fits or isinstance(shape[0], int) or kind not in _TYPES:
         found = ", ".join(f"{one.name}: {one.type} {one.shape}" for one in inputs)
         raise ValueError(
             "expected an ONNX graph with one input of any batch size, floats (n, 3, h, w) or uint8 "
