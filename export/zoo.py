@@ -1,8 +1,9 @@
 """Exports the whole zoo: `python -m export.zoo --out DIR --data DIR [--only PATTERN]`.
 
 Every entry with weights, in every format of FORMATS; each file is checked before it gets its name and
-evaluated on the whole test split. Writes `report.csv` into DIR and prints it. What fails is a row that says
-why, and the rest goes on. Exit code: 0; 1 where a row failed; 2 for bad input.
+evaluated on the whole test split. Writes `report.csv` into DIR, where rows of other entries stay, and prints
+its own. What fails is a row that says why, and the rest goes on. Exit code: 0; 1 where a row failed; 2 for
+bad input.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import timm
 import torch
@@ -200,6 +202,25 @@ def _rounded(row: Row) -> dict[str, object]:
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(row).items()}
 
 
+def read_report(path: Path) -> list[Row]:
+    """The rows of a report, none where there is no file.
+
+    Raises:
+        ValueError: it is no report.
+    """
+    if not path.is_file():
+        return []
+    numbers = {column.name for column in fields(Row) if column.default is None}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            texts: list[dict[str, Any]] = list(csv.DictReader(file))
+        for row in texts:
+            row.update({key: float(row[key]) if row[key] else None for key in numbers})
+        return [Row(**row) for row in texts]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a report of an earlier run ({error}); remove it") from error
+
+
 def chosen_entries(pattern: str) -> list[Entry]:
     """Entries with weights whose name a wildcard pattern matches.
 
@@ -217,11 +238,15 @@ def chosen_entries(pattern: str) -> list[Entry]:
 def export_zoo(entries: list[Entry], out: Path, data: Path | None, rounds: int = ROUNDS) -> list[Row]:
     """Exports entries into a folder each under `out`; the report there is whole after each entry.
 
+    Returns:
+        The rows of these entries; the report keeps those of others.
     Raises:
-        ValueError: an extra is not installed, or the data are missing or damaged.
+        ValueError: an extra is not installed, the data are missing or damaged, or as `read_report`.
         OSError: `out` cannot be written.
     """
     onnx_libraries()
+    path, names = out / "report.csv", {entry.name for entry in entries}
+    kept = [row for row in read_report(path) if row.entry not in names]
     folder, datasets = data_directory(data), {entry.dataset.tag: entry.dataset for entry in entries}
     splits = {
         tag: (load_split(folder, dataset, "train", bar), load_split(folder, dataset, "test", bar))
@@ -233,9 +258,9 @@ def export_zoo(entries: list[Entry], out: Path, data: Path | None, rounds: int =
         raise type(error)(error.errno, f"cannot make the folder {out}: {error.strerror}") from error
     rows: list[Row] = []
     for entry in entries:
-        write_whole(out / "report.csv", report(rows))
+        write_whole(path, report([*kept, *rows]))
         rows += export_formats(entry, out / entry.name, *splits[entry.dataset.tag], rounds)
-    write_whole(out / "report.csv", report(rows))
+    write_whole(path, report([*kept, *rows]))
     return rows
 
 

@@ -15,13 +15,13 @@ from tamzoo.card_texts import (
     TRAINED,
     UNTRAINED,
 )
-from tamzoo.catalogue import HUB_OWNER, PAPER_TITLE, Entry
+from tamzoo.catalogue import OWNER, PAPER_TITLE, Entry
 from tamzoo.findings import Analysis
 from tamzoo.records import GateStats, Record
 
 
 def render_card(
-    entry: Entry, record: Record | None = None, owner: str = HUB_OWNER, analysis: Analysis | None = None
+    entry: Entry, record: Record | None = None, owner: str = OWNER, analysis: Analysis | None = None
 ) -> str:
     """The README.md of an entry's Hub repository.
 
@@ -249,7 +249,7 @@ def card_files(
     entry: Entry,
     record: Record | None = None,
     golden: Sequence[float] | None = None,
-    owner: str = HUB_OWNER,
+    owner: str = OWNER,
     analysis: Analysis | None = None,
 ) -> dict[str, str]:
     """Every rendered file of an entry's Hub repository, path to text."""

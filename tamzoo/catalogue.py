@@ -14,7 +14,8 @@ from tamzoo.class_names import CIFAR10, CIFAR100
 from tamzoo.recipes import RECIPES
 
 PAPER_TITLE = "Tree-structured Attention Module for Image Classification"
-HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", "tamzoo")
+OWNER = "tamzoo"  # of the cards in model_cards
+HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", OWNER)  # of the repositories that are read and written
 ATTENTION_NAMES = ("plain", "se", "cbam", "tam", "scalar")
 
 

@@ -53,6 +53,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def check_output_file(path: Path) -> None:
+    """Sees that a file can have this name, before there is any work.
+
+    Raises:
+        ValueError: no such folder, or a folder itself.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: expected the name of a file, found a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+
+
 def check_weights_file(path: Path, sha256: str | None = None) -> None:
     """Sees that a file holds safetensors before anything is built from it. Nothing is ever unpickled.
 

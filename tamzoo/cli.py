@@ -131,8 +131,9 @@ def results() -> None:
     from tamzoo.results import write_results
     from tamzoo.verify import write_cards
 
+    pages = write_results(Path.cwd())  # first: it sees that this is a clone
     cards = write_cards(Path("model_cards"), draw=plot_gates, draw_analysis=plot_analysis)
-    for path in (*cards, *write_results(Path.cwd())):
+    for path in (*cards, *pages):
         print(path)
 
 

@@ -37,12 +37,16 @@ def analyze(
     for each in kinds:
         check_picture(out / f"analysis{each}")
     folder, main = data_directory(data), subject(name, weights)
-    peers = [*known_peers(main), *(subject(given) for given in peer or ())]
+    candidates = (*known_peers(main), *(subject(given) for given in peer or ()))
+    peers = list({each.weights.resolve(): each for each in candidates}.values())
     check_peers(main, peers)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot make the folder {out}: {error.strerror}") from error
     split = load_split(folder, main.dataset, "test", bar)
     split = Split(pixels=split.pixels[:images], labels=split.labels[:images], note=split.note)
     found = analyse(main, peers, split, bar)
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / ANALYSIS, found.to_json())
     _tell(found)
     for path in plot_analysis(found, out, kinds):

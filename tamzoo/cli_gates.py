@@ -58,12 +58,14 @@ def freeze_gates(
     from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.augment import augment, draw
     from tamzoo.catalogue import ENTRIES
+    from tamzoo.checkpoint import check_output_file
     from tamzoo.data import data_directory, load_split, normalise
     from tamzoo.evaluate import evaluate
     from tamzoo.freeze import freeze_gates
     from tamzoo.gates import measure_gates, save_measured
     from tamzoo.recipes import recipe_for
 
+    check_output_file(output)
     model, full, dataset = load_model(name, weights)
     folder = data_directory(data)
     train, test = (load_split(folder, dataset, split, bar) for split in ("train", "test"))

@@ -25,21 +25,27 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(help="Pictures or folders; with --out also globs and parquet files.")
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Model or entry.")] = DEMO_ENTRY,
-    onnx: Annotated[Path | None, typer.Option(help="An ONNX file in place of the model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model or entry.", show_default=DEMO_ENTRY)
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="An ONNX file in place of the model; gives logits.")
+    ] = None,
     weights: Weights = None,
     top: Annotated[int, typer.Option(min=1, help="Classes a picture.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A parquet file to write; goes on after a kill.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="With --out: pictures a forward pass.")] = 64,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With --out: pictures a forward pass.", show_default="64")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="With --out: the parquet files' image column.")] = None,
     ray: Annotated[
         str | None, typer.Option(help="With --out: run on a Ray cluster, ADDRESS or local.")
     ] = None,
     mean: Annotated[
-        Triple | None, typer.Option(help="Of the channels in [0, 1], for an ONNX file that is not ours.")
+        Triple | None, typer.Option(help="Of pixels scaled to 0..1, for an ONNX file that is not ours.")
     ] = None,
     std: Annotated[Triple | None, typer.Option(help="As --mean.")] = None,
     labels: Annotated[
@@ -49,11 +55,15 @@ def predict(
     """Classify pictures; with --out, any number of them."""
     if onnx is None and (mean or std or labels):
         raise ValueError("--mean, --std and --labels are for an ONNX file; pass --onnx FILE too")
-    load = partial(_onnx, onnx, mean, std, labels) if onnx else partial(_torch, model, weights)
+    if onnx and (model or weights):
+        raise ValueError("--onnx is in place of a model; leave out either it or --model and --weights")
+    if out is None and (batch or column or ray):
+        raise ValueError("--batch, --column and --ray are for an output file; pass --out FILE.parquet too")
+    load = partial(_onnx, onnx, mean, std, labels) if onnx else partial(_torch, model or DEMO_ENTRY, weights)
     if out is None:
         _print_answers(images, load, top, as_json)
     else:
-        _run_job(images, out, load, top=top, batch=batch, column=column, ray=ray)
+        _run_job(images, out, load, top=top, batch=batch or 64, column=column, ray=ray)
 
 
 def _onnx(

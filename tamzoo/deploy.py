@@ -78,14 +78,16 @@ def check_parity(
         uint8: It takes raw bytes, see `as_input`.
         program: What a message calls whatever runs it.
     """
-    largest, same = 0.0, 0
+    largest, same = torch.zeros(()), 0
     for batch in progress(pixels.split(64), "Checking parity"):
         with torch.inference_mode():
             expected = reference(normalise(batch, dataset))
             found = run(as_input(batch, dataset, uint8))
-        largest = max(largest, (found - expected).abs().max().item())
+        largest = torch.maximum(largest, (found - expected).abs().max())  # NaN stays NaN, and fails
         same += int((found.argmax(1) == expected.argmax(1)).sum())
-    return Parity(program=program, n=len(pixels), max_difference=largest, same_top1=same, tolerance=tolerance)
+    return Parity(
+        program=program, n=len(pixels), max_difference=largest.item(), same_top1=same, tolerance=tolerance
+    )
 
 
 def as_input(pixels: Tensor, dataset: Dataset, uint8: bool = False) -> Tensor:
@@ -134,6 +136,7 @@ def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[
         "mean": dataset.mean,
         "std": dataset.std,
         "input_size": dataset.input_size,
+        "crop_pct": dataset.crop_pct,
         "input": "uint8 NHWC" if uint8 else "float32 NCHW",
         "gates_left": list(gates_of(deployed)),
     }

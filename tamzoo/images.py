@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -28,15 +28,17 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         ValueError: no such file, or as `decode_picture`.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}"
-        )
+    try:
+        wrong = None if path.is_file() else "a folder" if path.is_dir() else "no such file"
+    except OSError as error:  # a name that is too long, as where a column holds base64 and no paths
+        raise ValueError(f"{str(path)[:60]}...: expected a picture, found {error.strerror}") from error
+    if wrong:
+        raise ValueError(f"{path}: expected a picture, found {wrong}")
     return decode_picture(path, str(path))
 
 
 def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
-    """A still 8-bit picture as RGB; grey and palette pictures are converted, which loses nothing.
+    """A still 8-bit picture as RGB, upright; grey and palette pictures are converted, which loses nothing.
 
     Args:
         name: What the picture is called in a message.
@@ -46,9 +48,12 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
     """
     try:
         with _opened(source) as image:
-            frames = getattr(image, "n_frames", 1)
+            # a phone's MPO is a still JPEG, and beside it a smaller one or one of another lens
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames == 1:
                 image.load()
+                if "exif" in image.info:
+                    ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not a picture; {READABLE}") from error
     except Exception as error:  # a damaged file makes Pillow's decoders fail in any way
@@ -59,7 +64,7 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
         raise ValueError(
             f"{name}: {image.width}x{image.height} pixels; expected at least {SMALLEST}x{SMALLEST}"
         )
-    mode = "RGBA" if image.mode == "P" and "transparency" in image.info else image.mode
+    mode = "RGBA" if "transparency" in image.info else image.mode
     if mode not in ("RGB", "L", "P", "1"):
         advice = ADVICE.get(mode, "save it with 8 bits a channel first")
         raise ValueError(f"{name}: expected an 8-bit RGB or grey picture, got mode {mode}; {advice}")

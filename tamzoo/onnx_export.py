@@ -88,6 +88,7 @@ def open_session(path: Path, threads: int = 0, spin: bool = True) -> Any:
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what fails is raised too
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -20,6 +20,7 @@ from tamzoo.onnx_export import metadata_of, open_session
 from tamzoo.progress import Progress, silent
 
 BATCH = 64  # pictures a forward pass
+PROBE = 3  # pictures of the run that shows a graph's classes; exporters bake in a batch of 1 or 2
 Triple = tuple[float, float, float]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
@@ -95,36 +96,61 @@ def torch_classifier(model: nn.Module) -> Classifier:
     return Classifier(run=run, sha256=_identity(weights.hexdigest(), told), **told)
 
 
-def onnx_classifier(session: Any, metadata: dict[str, Any]) -> Classifier:
-    """An onnxruntime session as a classifier.
+def onnx_classifier(session: Any, metadata: dict[str, Any], name: str = "the ONNX file") -> Classifier:
+    """An onnxruntime session as a classifier; it is run once, since a graph need not tell its output's shape.
 
     Args:
         metadata: What `metadata_of` one of our files tells, or the same keys from elsewhere.
+        name: What the file is called in a message.
     Raises:
-        ValueError: the graph takes other inputs than the metadata say, or has another number of classes.
+        ValueError: the graph takes other inputs than the metadata say, has another number of classes, or
+            does not run on a batch of any size.
     """
     size, raw = _input_of(session)
     told = tuple(metadata["input_size"])
     if told != size or raw != metadata["input"].startswith("uint8"):
         raise ValueError(
-            f"the ONNX graph takes {size} as {'uint8' if raw else 'float'}, its metadata say "
+            f"{name}: the ONNX graph takes {size} as {'uint8' if raw else 'float'}, its metadata say "
             f"{told} as {metadata['input']}; export it again"
         )
-    labels, scores = metadata["labels"], session.get_outputs()[0].shape
-    if len(scores) != 2:
-        raise ValueError(f"expected an ONNX graph whose first output is (n, classes), got {scores}")
-    classes = scores[1]
-    if labels and isinstance(classes, int) and len(labels) != classes:
-        raise ValueError(f"the ONNX graph has {classes} classes, but there are {len(labels)} labels")
-    feed, kind = session.get_inputs()[0].name, _TYPES[session.get_inputs()[0].type]
+    run, (c, h, w) = _runner(session, name), size
+    labels, scores = (
+        metadata["labels"],
+        np.shape(run(np.zeros((PROBE, h, w, c) if raw else (PROBE, c, h, w)))),
+    )
+    if len(scores) != 2 or scores[0] != PROBE:
+        raise ValueError(
+            f"{name}: expected an ONNX graph whose first output is logits (n, classes) of any batch size n, "
+            f"got {scores} for a batch of {PROBE}; export it again with a free batch axis"
+        )
+    if labels is not None and len(labels) != scores[1]:
+        raise ValueError(
+            f"{name}: the ONNX graph has {scores[1]} classes, but there are {len(labels)} labels"
+        )
     return Classifier(
-        run=lambda batch: session.run(None, {feed: batch.astype(kind, copy=False)})[0],
+        run=run,
         labels=labels,
         input_size=size,
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
+        crop_pct=float(metadata.get("crop_pct", 1.0)),  # not told by files of old
         raw=raw,
     )
+
+
+def _runner(session: Any, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    feed, kind = session.get_inputs()[0].name, _TYPES[session.get_inputs()[0].type]
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        try:
+            return session.run(None, {feed: batch.astype(kind, copy=False)})[0]
+        except Exception as error:  # onnxruntime has a class an error code, none of them public
+            raise ValueError(
+                f"{name}: onnxruntime cannot run it on a batch of {len(batch)} "
+                f"({' '.join(str(error).split())}); export it again with a free batch axis"
+            ) from error
+
+    return run
 
 
 def open_classifier(
@@ -141,10 +167,16 @@ def open_classifier(
         mean: With `std`, of the channels in [0, 1], for a file that was not exported by tamzoo.
         labels: A file with a class name a line, in place of the names that the ONNX file carries.
     Raises:
-        ValueError: not an ONNX file, not one of ours where no mean and std are given, or unfit labels.
+        ValueError: not an ONNX file, not one of ours where no mean and std are given, unfit mean, std or
+            labels, or as `onnx_classifier`.
     """
     if (mean is None) != (std is None):
         raise ValueError("--mean and --std belong together; pass both or neither")
+    if mean and std and not (all(0 <= each <= 1 for each in mean) and all(0 < each <= 1 for each in std)):
+        raise ValueError(
+            "--mean and --std are of pixels scaled to 0..1: expected 0 <= mean <= 1 and 0 < std <= 1, "
+            f"got {mean} and {std}; divide those of 0..255 by 255"
+        )
     session = open_session(path, threads)
     if mean is None:
         metadata = metadata_of(session)
@@ -153,10 +185,17 @@ def open_classifier(
         kind = "uint8 NHWC" if raw else "float32 NCHW"
         metadata = {"labels": None, "mean": mean, "std": std, "input_size": size, "input": kind}
     if labels is not None:
-        metadata["labels"] = labels.read_text(encoding="utf-8").splitlines()
-    classifier = onnx_classifier(session, metadata)
+        metadata["labels"] = _labels_of(labels)
+    classifier = onnx_classifier(session, metadata, str(path))
     told = {"labels": classifier.labels, "mean": classifier.mean, "std": classifier.std}
     return replace(classifier, sha256=_identity(sha256_of(path), told))
+
+
+def _labels_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a class name a line in UTF-8 ({error}); save it so") from error
 
 
 def _identity(weights: str, told: dict[str, Any]) -> str:
@@ -165,16 +204,16 @@ def _identity(weights: str, told: dict[str, Any]) -> str:
 
 def _input_of(session: Any) -> tuple[tuple[int, int, int], bool]:
     """The (3, h, w) that an ONNX graph takes, and whether as raw bytes (n, h, w, 3)."""
-    inputs = session.get_inputs()
-    kind, (n, *shape) = inputs[0].type, inputs[0].shape
+    inputs: list[Any] = session.get_inputs()
+    kind, shape = (inputs[0].type, inputs[0].shape) if len(inputs) == 1 else ("", [])
     raw = kind == "tensor(uint8)"
-    size = (shape[-1], *shape[:-1]) if raw else tuple(shape)
+    size: Any = tuple(shape[3:] + shape[1:3] if raw else shape[1:])
     fits = len(size) == 3 and size[0] == 3 and all(isinstance(extent, int) for extent in size)
-    if len(inputs) != 1 or isinstance(n, int) or kind not in _TYPES or not fits:
+    if not fits or isinstance(shape[0], int) or kind not in _TYPES:
         found = ", ".join(f"{one.name}: {one.type} {one.shape}" for one in inputs)
         raise ValueError(
             "expected an ONNX graph with one input of any batch size, floats (n, 3, h, w) or uint8 "
-            f"(n, h, w, 3), with h and w fixed; got {found}"
+            f"(n, h, w, 3), with h and w fixed; got {found or 'none'}"
         )
     return size, raw
 

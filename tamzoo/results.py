@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tamzoo.attention import GATE_TOLERANCE
-from tamzoo.catalogue import ENTRIES, Entry
+from tamzoo.catalogue import ENTRIES, OWNER, Entry
 from tamzoo.records import Record, read_record
 from tamzoo.registry import CARDS
 
@@ -44,7 +44,7 @@ def result_row(entry: Entry) -> dict[str, object]:
     """One line of results.csv; what is not known is None."""
     paper, record = entry.paper, record_of(entry)
     row: dict[str, Any] = dict.fromkeys(FIELDS)
-    row |= {"entry": entry.name, "params_m": f"{entry.params / 1e6:.3f}", "hub_id": entry.hub_id}
+    row |= {"entry": entry.name, "params_m": f"{entry.params / 1e6:.3f}", "hub_id": f"{OWNER}/{entry.name}"}
     if paper:
         row |= {
             "table": paper.table,
@@ -108,8 +108,14 @@ def with_results(readme: str) -> str:
 
 
 def write_results(root: Path) -> list[Path]:
-    """Rewrites results.csv and the README's table in a clone; returns what was written."""
+    """Rewrites results.csv and the README's table in a clone; returns what was written.
+
+    Raises:
+        ValueError: not a clone; nothing is written.
+    """
     readme = root / "README.md"
+    if not readme.is_file():
+        raise ValueError(f"{root}: expected a clone of tamzoo, found no README.md; change into one")
     pages = {readme: with_results(readme.read_text(encoding="utf-8")), root / "results.csv": results_csv()}
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")

@@ -113,7 +113,7 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     import timm
 
     from tamzoo.catalogue import DATASETS
-    from tamzoo.checkpoint import check_weights_file, load_weights
+    from tamzoo.checkpoint import check_finite, check_weights_file, load_weights
     from tamzoo.registry import find_model
 
     name = find_model(name)
@@ -124,6 +124,7 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     full = f"{cfg['architecture']}.{cfg['tag']}"
     if weights is not None:
         load_weights(model, weights, full)
+        check_finite(model.state_dict(), str(weights))
     return model, full, DATASETS[cfg["tag"]]
 
 

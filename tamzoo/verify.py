@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from tamzoo.cards import card_files, pictures
-from tamzoo.catalogue import ENTRIES, HUB_OWNER, Entry
+from tamzoo.catalogue import ENTRIES, HUB_OWNER, OWNER, Entry
 from tamzoo.checkpoint import load_weights, sha256_of, write_whole
 from tamzoo.evaluate import golden_logits
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
@@ -84,7 +84,7 @@ def write_cards(
     return changed
 
 
-def verify_folder(entry: Entry, folder: Path, owner: str = HUB_OWNER) -> list[str]:
+def verify_folder(entry: Entry, folder: Path, owner: str = OWNER) -> list[str]:
     """What is wrong with a folder that should be an entry's; empty where nothing is."""
     record, analysis, wanted = None, None, ["README.md", "config.json"]
     if entry.trained:

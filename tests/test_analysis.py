@@ -129,6 +129,8 @@ def test_the_command_writes_numbers_and_pictures(tamzoo, twenty_images, runs, tm
     arguments = ("--weights", weights, "--data", tmp_path, "--out", out, "--images", 8, "--kind", "png")
     code, told, error = tamzoo("analyze", "resnet20_tam.cifar10", *arguments, "--peer", runs["se"])
     assert code == 0, error
+    again = tamzoo("analyze", "resnet20_tam.cifar10", *arguments, *("--peer", runs["se"]) * 2)
+    assert again[0] == 0, "a peer named twice is one"
     found = read_analysis(out / ANALYSIS)
     assert found.n == 8 and found.absent == ["plain", "cbam"]
     assert "not compared with plain, cbam" in told and "54 block passes in place of 90" in told
@@ -195,17 +197,30 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_pat
     refused(analyze("resnet20_plain.cifar10", *data, weights="plain"), "has no TAM gates")
     refused(analyze(tam), "pass --data DIR or set TAMZOO_DATA")
     refused(analyze(tam, *data, "--peer", "resnet20_tamm"), "no model 'resnet20_tamm'; nearest: resnet20_tam")
-    refused(analyze(tam, *data, "--peer", "resnet20_se.cifar10"), "resnet20_se.cifar10 is no entry")
+    refused(analyze(tam, *data, "--peer", "resnet20_scalar.cifar10"), "resnet20_scalar.cifar10 is no")
     refused(analyze(tam, *data, "--peer", "resnet18_se.cifar10"), "no trained weights yet")
     refused(analyze(tam, *data, "--peer", empty), "expected a finished run")
-    refused(analyze(tam, *data, "--peer", runs["se"], "--peer", runs["se"]), "two of the models are called")
+    twin = finished_run(tmp_path / "twin" / runs["se"].name, "resnet20_se.cifar10")
+    refused(analyze(tam, *data, "--peer", runs["se"], "--peer", twin), "two of the models are called")
     refused(analyze(tam, *data, "--kind", "bmp"), "expected a picture named .png, .svg or .pdf")
     other = finished_run(tmp_path / "other", "wrn10_4_se.cifar10")
     refused(analyze(tam, *data, "--peer", other), "expected the backbone and data set of resnet20_tam")
     refused(analyze("resnet50_tam.cifar10", *data), "these weights are not of resnet50_tam.cifar10")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused(analyze(tam, *data), "drawing needs matplotlib; pip install 'tamzoo[plots]'")
-    assert not out.exists()
+    assert not list(out.glob("*"))
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tamzoo, runs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("tamzoo.data.load_split", None)
+    (tmp_path / "file").write_text("x")
+    given = ("--weights", runs["tam"] / "model.safetensors", "--data", tmp_path)
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        refused(
+            tamzoo("analyze", "resnet20_tam.cifar10", *given, "--out", out),
+            f"cannot make the folder {out}",
+        )
 
 
 def test_weights_that_are_not_numbers_are_refused(tamzoo, twenty_images, runs, tmp_path):

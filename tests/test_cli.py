@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
@@ -102,6 +102,17 @@ def test_wrong_weights_are_refused(tamzoo, tmp_path, weights):
     refused(tamzoo(*command), "these weights are not of resnet20_tam.cifar10")
 
 
+def test_weights_that_are_not_numbers_are_refused(tamzoo, tmp_path, weights):
+    path, state = tmp_path / "nan.safetensors", load_file(weights)
+    state["fc.bias"][3] = torch.nan
+    save_file(state, path)
+    common, told = ("resnet20_tam.cifar10", "--weights", path), "nan.safetensors: fc.bias holds NaN"
+    refused(tamzoo("predict", PICTURES, "-m", *common), told)
+    refused(tamzoo("export", *common, "-o", tmp_path / "x.onnx"), told)
+    refused(tamzoo("gates", *common), told)
+    assert not (tmp_path / "x.onnx").exists()
+
+
 def wrong_pictures(folder):
     new = Image.new
     new("RGB", (1, 1)).save(folder / "tiny.png")
@@ -132,6 +143,29 @@ def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
     (tmp_path / "folder.onnx").mkdir()
     refused(tamzoo(*arguments, tmp_path / "folder.onnx"), "folder.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--onnx", "x.onnx", "-m", "wrn10_4_tam"), "leave out either it or --model and --weights"),
+        (("--onnx", "x.onnx", "--weights", "x.safetensors"), "leave out either it or --model and --weights"),
+        (("--ray", "local"), "pass --out FILE.parquet too"),
+        (("--batch", 64), "pass --out FILE.parquet too"),
+        (("--column", "image"), "pass --out FILE.parquet too"),
+        (("--labels", "x.txt"), "pass --onnx FILE too"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tamzoo, given, told):
+    refused(tamzoo("predict", PICTURES, *given), told)
+
+
+def test_results_outside_a_clone_are_refused_and_nothing_is_written(tamzoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(tamzoo("results"), "expected a clone of tamzoo, found no README.md")
+    (tmp_path / "README.md").write_text("another project's")
+    refused(tamzoo("results"), "the README lacks the marks")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_missing_data_is_told(tamzoo, tmp_path, monkeypatch):

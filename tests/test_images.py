@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -34,8 +36,9 @@ def test_modes_that_would_need_a_guess_are_refused(tmp_path, mode, name, message
         open_picture(path)
 
 
-def test_a_transparent_palette_is_refused(tmp_path):
-    path = saved(tmp_path, "x.png", Image.new("P", (20, 20)), transparency=0)
+@pytest.mark.parametrize(("mode", "colour"), [("P", 0), ("L", 0), ("1", 0), ("RGB", (0, 0, 0))])
+def test_a_transparent_colour_is_refused(tmp_path, mode, colour):
+    path = saved(tmp_path, "x.png", Image.new(mode, (20, 20)), transparency=colour)
     with pytest.raises(ValueError, match="got mode RGBA"):
         open_picture(path)
 
@@ -46,6 +49,36 @@ def test_animations_are_refused(tmp_path, name):
     path = saved(tmp_path, name, frames[0], save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match=f"{name}: animated, 2 frames"):
         open_picture(path)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_open_upright(tmp_path, name, orientation):
+    upright = Image.new("RGB", (40, 20), "black")
+    upright.paste("red", (0, 0, 20, 10))  # top left
+    # how a camera that is held like this stores it: what undoes each orientation (EXIF 2.3, tag 0x0112)
+    turn = Image.Transpose
+    turns = (turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM)
+    turns += (turn.TRANSPOSE, turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270)
+    stored = upright.transpose(turns[orientation - 2]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = open_picture(saved(tmp_path, name, stored, exif=exif))
+    assert picture.size == (40, 20)
+    reds = [picture.getpixel(place)[0] > 128 for place in ((5, 5), (35, 5), (5, 15), (35, 15))]
+    assert reds == [True, False, False, False]
+
+
+def test_damaged_exif_is_no_damaged_picture(tmp_path):
+    path = saved(tmp_path, "x.jpg", Image.new("RGB", (20, 20)), exif=b"Exif\0\0junk")
+    assert open_picture(path).size == (20, 20)
+
+
+def test_a_still_of_two_lenses_opens_as_the_first(tmp_path):
+    first, second = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    path = saved(tmp_path, "x.mpo", first, save_all=True, append_images=[second])
+    picture = open_picture(path.rename(tmp_path / "x.jpg"))
+    assert np.asarray(picture).mean((0, 1)) == pytest.approx([255, 0, 0], abs=2)
 
 
 def test_tiny_pictures_are_refused(tmp_path):
@@ -65,6 +98,10 @@ def test_what_is_no_picture_is_refused(tmp_path):
         open_picture(text)
     with pytest.raises(ValueError, match="no such file"):
         open_picture(tmp_path / "missing.png")
+    with pytest.raises(
+        ValueError, match="^iVBORw0KGgo[a-z0]{49}...: expected a picture, found File name too long"
+    ):
+        open_picture(Path("iVBORw0KGgo" + "a" * 5000))
 
 
 def test_folders_give_their_pictures_and_empty_ones_an_error(tmp_path):

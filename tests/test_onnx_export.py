@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import onnx
@@ -8,7 +9,7 @@ import torch
 import tamzoo
 from tamzoo.catalogue import DATASETS
 from tamzoo.data import normalise
-from tamzoo.deploy import check_parity
+from tamzoo.deploy import FLOAT16, check_parity
 from tamzoo.images import random_crops
 from tamzoo.onnx_export import export_onnx, metadata_of, open_session, operators_of, runner
 
@@ -105,6 +106,14 @@ def test_parity_counts_what_differs(static, tmp_path):
     assert (
         not parity.passed and parity.same_top1 < 64 and parity.max_difference == pytest.approx(100, rel=0.01)
     )
+
+
+@pytest.mark.parametrize("bad", [1, 64])
+def test_an_answer_that_is_not_a_number_fails_even_where_the_model_says_the_same(bad):
+    model = timm.create_model("resnet20_plain.cifar10").eval()
+    model.register_forward_hook(lambda _, x, logits: logits.index_fill(0, torch.arange(bad), torch.nan))
+    parity = check_parity(model, model, CIFAR10, PIXELS[:64], program="nan", tolerance=FLOAT16)
+    assert not parity.passed and math.isnan(parity.max_difference)
 
 
 def test_what_cannot_be_exported_or_opened_is_refused(tmp_path):

@@ -1,12 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
+import onnx
 import pytest
+import timm
 import torch
 from onnx import TensorProto
 from PIL import Image
 from timm.data import create_transform
 
+from tamzoo.catalogue import DATASETS
+from tamzoo.deploy import as_texts, told_of
 from tamzoo.images import PICTURES, open_picture
-from tamzoo.predict import Classifier, open_classifier, predict
+from tamzoo.predict import Classifier, open_classifier, predict, torch_classifier
 from tests.colours import LABELS, colour_onnx
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -68,6 +74,72 @@ def test_graphs_that_do_not_fit_are_refused(tmp_path):
     path = colour_onnx(tmp_path / "x.onnx")
     with pytest.raises(ValueError, match="has 3 classes, but there are 2 labels"):
         open_classifier(path, mean=MEAN, std=STD, labels=tmp_path / "labels.txt")
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ([1, 3], "x.onnx: onnxruntime cannot run it on a batch of 3 .*free batch axis"),
+        ([1, -1], r"x.onnx: expected .* logits \(n, classes\) of any batch size n, got \(1, 9\) for a batch"),
+        ([2, -1], "x.onnx: onnxruntime cannot run it on a batch of 3"),
+        ([-1], r"x.onnx: expected .* got \(9,\) for a batch of 3"),
+        ([0, -1], "x.onnx: the ONNX graph has 3 classes, but there are 2 labels"),
+    ],
+)
+def test_what_a_graph_does_not_declare_is_found_out_on_opening(tmp_path, to, message):
+    path = colour_onnx(tmp_path / "x.onnx")
+    model = onnx.load(path)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(to), "to"))
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["scores", "to"], ["shaped"]))
+    model.graph.output[0].CopyFrom(onnx.helper.make_empty_tensor_value_info("shaped"))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    onnx.save(model, path)
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=message) as refusal:
+        open_classifier(path, mean=MEAN, std=STD, labels=tmp_path / "labels.txt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_graph_without_inputs_is_refused(tmp_path):
+    path = colour_onnx(tmp_path / "x.onnx")
+    model = onnx.load(path)
+    image = onnx.numpy_helper.from_array(np.zeros((1, 3, 8, 8), np.float32), "image")
+    model.graph.initializer.append(image)
+    del model.graph.input[:]
+    onnx.save(model, path)
+    with pytest.raises(ValueError, match=r"expected an ONNX graph with one input .* got none"):
+        open_classifier(path, mean=MEAN, std=STD)
+
+
+def test_a_batch_that_fails_later_names_the_file(tmp_path):
+    classifier = open_classifier(colour_onnx(tmp_path / "x.onnx"), mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="x.onnx: onnxruntime cannot run it on a batch of 2 "):
+        classifier.run(np.zeros((2, 3, 9, 9), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(MEAN, (0.0, 0.0, 0.0)), ((123.0, 116.0, 103.0), (58.0, 57.0, 57.0)), ((np.nan, 0.5, 0.5), STD)],
+)
+def test_mean_and_std_are_of_pixels_from_0_to_1(tmp_path, mean, std):
+    path = colour_onnx(tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match="of pixels scaled to 0..1: .*divide those of 0..255 by 255"):
+        open_classifier(path, mean=mean, std=std)
+
+
+def test_labels_that_are_not_utf_8_are_named(tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"labels.txt: expected a class name a line in UTF-8"):
+        open_classifier(colour_onnx(tmp_path / "x.onnx"), mean=MEAN, std=STD, labels=labels)
+
+
+def test_a_file_crops_as_its_model_does(tmp_path):
+    model = timm.create_model("resnet20_plain.untrained_in1k").eval()
+    told = {"entry": "x"} | told_of(model, replace(DATASETS["untrained_in1k"], input_size=(3, 8, 8)))
+    path = colour_onnx(tmp_path / "x.onnx", **as_texts(told | {"labels": LABELS}))
+    assert open_classifier(path).crop_pct == torch_classifier(model).crop_pct == 0.875
+    assert open_classifier(path, mean=MEAN, std=STD).crop_pct == 1
 
 
 def test_models_are_told_apart(tmp_path):

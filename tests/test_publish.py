@@ -147,6 +147,30 @@ def test_another_owner_gets_cards_of_its_own(server, tmp_path):
     assert verify_remote(entry, api, owner="writer", cache_dir=tmp_path / "cache") == []
 
 
+def test_the_owners_variable_changes_what_is_published_and_not_what_lies_here(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from tamzoo.catalogue import ENTRIES
+from tamzoo.publish import stage
+from tamzoo.registry import CARDS
+from tamzoo.results import results_csv
+
+entry = ENTRIES["wrn10_4_tam.cifar10"]
+staged = stage(entry, CARDS / entry.name, Path(sys.argv[1]))
+assert staged.repo_id == entry.hub_id == f"me/{entry.name}"
+assert f"hf-hub:me/{entry.name}" in (staged.folder / "README.md").read_text()
+assert (CARDS.parent / "results.csv").read_text() == results_csv()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        env=os.environ | {"TAMZOO_HUB_OWNER": "me"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # Faults
 
 RIDDEN_OUT = {

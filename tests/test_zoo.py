@@ -105,6 +105,22 @@ def test_the_exit_code_tells_of_failed_rows(command, monkeypatch, tmp_path, erro
     assert (tmp_path / "out" / "report.csv").read_text() == zoo.report([row])
 
 
+def test_the_report_keeps_the_rows_of_other_entries(command, monkeypatch, tmp_path):
+    other = zoo.Row(entry="a", format="onnx int8", file="x.onnx", accuracy=90.5, latency_ratio=1.25)
+    failed = zoo.Row(entry="a", format="torch.export", file="x.pt2", error='RuntimeError: "a", b')
+    old, new = (zoo.Row(entry=DEMO_ENTRY, format="f", file="x", lost=lost) for lost in (1.0, 2.0))
+    path = tmp_path / "report.csv"
+    path.write_text(zoo.report([other, old, failed]))
+    monkeypatch.setattr(zoo, "load_split", lambda *_: None)
+    monkeypatch.setattr(zoo, "export_formats", lambda *_: [new])
+    common = ("--out", tmp_path, "--data", tmp_path, "--only", DEMO_ENTRY)
+    assert command(*common)[0] == 0
+    assert zoo.read_report(path) == [other, failed, new]
+    for text in ("entry,format\na,b\n", "another table"):
+        path.write_text(text + "\n1,2\n")
+        refused(command(*common), "report.csv: expected a report of an earlier run")
+
+
 def refused(answer, *words):
     code, out, err = answer
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (out, err)
