@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tamzoo.answers import Engine, schema
-from tamzoo.checkpoint import whole_file, write_whole
+from tamzoo.checkpoint import check_output_file, whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
 from tamzoo.shards import MARK, parquet_library
 
@@ -115,10 +115,7 @@ def check_output(out: Path) -> None:
     """
     if out.suffix != ".parquet":
         raise ValueError(f"{out}: expected an output that ends in .parquet")
-    if out.is_dir():
-        raise ValueError(f"{out}: expected the name of a file, found a folder")
-    if not out.parent.is_dir():
-        raise ValueError(f"cannot write {out}: there is no folder {out.parent}; make it first")
+    check_output_file(out)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
