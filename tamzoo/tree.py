@@ -2,13 +2,17 @@
 
 The plain tree moves several times the memory of x at every level, and keeps it for the backward pass.
 Here one kernel climbs the tree a few pixels at a time, so that everything between x and the product stays in
-the cache, and the backward pass climbs it again: only x and the parameters are kept.
+the cache, and the backward pass climbs it again: only x and the parameters are kept, and of an x that a
+BatchNorm has just made not even x, since it can be made again from what the BatchNorm keeps.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from tamzoo import tree_cpu
 
@@ -26,7 +30,33 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
     """
     if not _fits(x, tree):
         return x * torch.sigmoid(tree(x))
-    return gate_product(x, torch.cat([parameter.flatten() for parameter in tree.parameters()]))
+    parameters = torch.cat([parameter.flatten() for parameter in tree.parameters()])
+    with _normalising_again(x):
+        return gate_product(x, parameters)
+
+
+def _normalising_again(x: Tensor) -> AbstractContextManager:
+    """Where x comes from a BatchNorm in training, saves nothing of it: the backward pass makes it again.
+
+    It costs a BatchNorm's forward pass, and gives x to the last bit.
+    """
+    node: Any = x.grad_fn  # None of a leaf; anything done to x in place makes another node of it
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    if node is None or node.name() != "NativeBatchNormBackward0" or not node._saved_training:
+        return nullcontext()
+    bias = node.next_functions[2][0]
+    if not hasattr(bias, "variable"):  # one that learns nothing is not to be found
+        return nullcontext()
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        x, weight = node._saved_input, node._saved_weight
+        return torch.native_batch_norm(x, weight, bias.variable, None, None, True, 0.0, node._saved_eps)[0]
+
+    address = x.data_ptr()  # the hooks live as long as the graph, and must not hold x
+    return saved_tensors_hooks(lambda kept: None if kept.data_ptr() == address else kept, unpack)
 
 
 def _fits(x: Tensor, tree: nn.Sequential) -> bool:

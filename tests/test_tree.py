@@ -3,6 +3,8 @@
 import copy
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -83,6 +85,56 @@ def test_autocast_leaves_float32_input_in_float32():
         out = module(x)
     assert out.dtype is reference(module, x).dtype is torch.float32
     assert differs(out, reference(module, x)) < 1e-6
+
+
+class Normalised(nn.Module):
+    """A convolution, a BatchNorm and a TAM, as at the end of a residual branch."""
+
+    def __init__(self, norm: nn.Module, relu: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1).to(memory_format=torch.channels_last)  # pyright: ignore
+        self.norm, self.relu, self.tam = norm, relu, shaken(16, torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, weakref.ref]:
+        x = self.norm(self.conv(x))
+        if self.relu:
+            x = x.relu_()
+        return self.tam(x), weakref.ref(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("norm", "relu", "kept"),
+    [
+        (nn.BatchNorm2d(16), False, False),
+        (nn.BatchNorm2d(16).eval(), False, True),  # its statistics may be loaded anew meanwhile
+        (nn.BatchNorm2d(16, affine=False), False, True),
+        (nn.BatchNorm2d(16), True, True),
+        (nn.GroupNorm(4, 16), False, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_of_a_batchnorm_is_made_again_to_the_last_bit(monkeypatch, norm, relu, kept, dtype):
+    module, x = Normalised(copy.deepcopy(norm), relu), images(4, 16, 5, 6, dtype=torch.float32)
+
+    def pass_through() -> tuple[bool, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out, held = module(x)
+        assert out.dtype is dtype
+        alive, buffers = held() is not None, copy.deepcopy(list(module.buffers()))
+        torch.manual_seed(2)
+        found = torch.autograd.grad(out, [x, *module.parameters()], torch.randn_like(out))
+        assert all(torch.equal(*pair) for pair in zip(buffers, module.buffers(), strict=True))
+        return alive, list(found)
+
+    alive, found = pass_through()
+    assert alive is kept
+    monkeypatch.setattr(tree, "_normalising_again", lambda x: nullcontext())
+    alive, expected = pass_through()
+    assert alive
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @needs_compiler
