@@ -106,6 +106,13 @@ class ResNet(resnet.ResNet):
         if not hasattr(self, "layer4"):  # timm's forward names four stages
             self.layer4 = nn.Sequential()
 
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """timm's, of the stages that there are."""
+        indices, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, indices, *args, **kwargs)
+
     def forward_stem(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> what enters the first block."""
         return self.maxpool(self.act1(self.bn1(self.conv1(x))))

@@ -57,6 +57,9 @@ def test_every_timm_facility_works_on_every_model(model):
         assert built.get_classifier() is built.fc and built.get_classifier(name_only=True) == "fc"
         last, intermediates = built.forward_intermediates(x, indices=2)
         assert len(intermediates) == 2 and last.shape == features.shape
+        maps = built.forward_intermediates(x, intermediates_only=True)
+        found = [{"num_chs": m.shape[1], "reduction": 32 // m.shape[2]} for m in maps]
+        assert found == [{key: info[key] for key in found[0]} for info in built.feature_info]
         built.set_grad_checkpointing()
         assert built(x).shape == (2, 7)
         built.reset_classifier(3, "max")
