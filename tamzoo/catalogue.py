@@ -348,6 +348,11 @@ _OURS = (
 )
 
 _TRAINED = {
+    "resnet18_tam.cifar10": Trained(
+        sha256="928f5b4d1ec4990652fe7be10f3ec8db151f6171930d1b59b8989e317047b336",
+        recipe="short-cpu",
+        revision="v0.1.0",
+    ),
     "wrn10_4_tam.cifar10": Trained(
         sha256="719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
         recipe="short-cpu",

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from tamzoo.progress import Moment
     from tamzoo.records import GateStats
 
-DEMO_ENTRY = "wrn10_4_tam.cifar10"
+DEMO_ENTRY = "resnet18_tam.cifar10"
 # Heavy libraries are imported inside the functions: `tamzoo --help` answers at once.
-Name = Annotated[str, typer.Argument(help="Model or entry, for instance wrn10_4_tam or wrn10_4_tam.cifar10.")]
+Name = Annotated[
+    str, typer.Argument(help="Model or entry, for instance resnet18_tam or resnet18_tam.cifar10.")
+]
 Weights = Annotated[Path | None, typer.Option(help="A safetensors file in place of the entry's weights.")]
 Data = Annotated[
     Path | None, typer.Option(help="Folder with the data, or hub to download it (default: $TAMZOO_DATA).")
