@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import timm
@@ -49,7 +50,7 @@ def test_the_data_configuration_is_the_data_sets(tag):
 def test_every_timm_facility_works_on_every_model(model):
     with torch.device("meta"):  # shapes without arithmetic: all 55 architectures in seconds
         x = torch.empty(2, 3, 32, 32)
-        built = timm.create_model(model, num_classes=7, drop_rate=0.1, drop_path_rate=0.1)
+        built: Any = timm.create_model(model, num_classes=7, drop_rate=0.1, drop_path_rate=0.1)
         features = built.forward_features(x)
         assert features.shape[:2] == (2, built.num_features)
         assert built.forward_head(features).shape == (2, 7)
