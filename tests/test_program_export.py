@@ -14,15 +14,15 @@ from tamzoo.data import normalise
 from tamzoo.deploy import as_input, deployment
 from tamzoo.images import random_crops
 from tamzoo.program_export import EXPORTERS, export_plain, export_program, exporter_for, load_program
-from tamzoo.terminal import DEMO_ENTRY
 
+ENTRY = "wrn10_4_tam.cifar10"
 CIFAR10 = DATASETS["cifar10"]
 PIXELS = random_crops(256, 32)
 
 
 @pytest.fixture(scope="module")
 def made():
-    return deployment(timm.create_model(DEMO_ENTRY, pretrained=True).eval(), pixels=PIXELS)
+    return deployment(timm.create_model(ENTRY, pretrained=True).eval(), pixels=PIXELS)
 
 
 def logits(model, pixels=PIXELS[:8]):
@@ -40,7 +40,7 @@ def test_the_plain_checkpoint_loads_strictly_into_the_plain_architecture(made, t
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
     assert told["format"] == "pt" and told["architecture"] == "wrn10_4_plain.cifar10"
-    assert told["entry"] == DEMO_ENTRY and json.loads(told["labels"])[3] == "cat"
+    assert told["entry"] == ENTRY and json.loads(told["labels"])[3] == "cat"
 
 
 @pytest.mark.parametrize("uint8", [False, True])
@@ -53,7 +53,7 @@ def test_a_program_answers_for_any_batch_and_tells_what_an_onnx_file_tells(made,
         found = program(as_input(PIXELS[:n], CIFAR10, uint8))
         torch.testing.assert_close(found, logits(made.reference, PIXELS[:n]), rtol=1e-3, atol=1e-3)
     told = json.loads(extra["tamzoo.json"])
-    assert told["entry"] == DEMO_ENTRY and told["input"] == ("uint8 NHWC" if uint8 else "float32 NCHW")
+    assert told["entry"] == ENTRY and told["input"] == ("uint8 NHWC" if uint8 else "float32 NCHW")
     assert not any("sigmoid" in str(node.target) for node in program.graph.nodes), "the gates are gone"
 
 
