@@ -18,6 +18,7 @@ from tamzoo.images import random_crops
 from tamzoo.terminal import DEMO_ENTRY
 
 ENTRY = ENTRIES[DEMO_ENTRY]
+UNTRAINED = next(entry for entry in ENTRIES.values() if not entry.trained and entry.dataset == ENTRY.dataset)
 BROKEN = zoo.Format(name="broken", file="broken.bin", write=lambda *_: 1 / 0, load=zoo.FORMATS[0].load)
 
 
@@ -35,7 +36,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
     (folder / DEMO_ENTRY).mkdir()
     (folder / DEMO_ENTRY / BROKEN.file).write_text("of an earlier run")
-    entries = [ENTRIES["resnet18_tam.cifar10"], ENTRY]
+    entries = [UNTRAINED, ENTRY]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zoo, "FORMATS", (BROKEN, *zoo.FORMATS))
         patch.setattr(zoo, "load_split", lambda data, dataset, name, bar: split(256, len(name)))
@@ -66,9 +67,9 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(exported):
     broken = next(row for row in rows if row["entry"] == DEMO_ENTRY and row["format"] == "broken")
     assert broken["error"] == "ZeroDivisionError: division by zero" and broken["accuracy"] == ""
     assert not (folder / DEMO_ENTRY / BROKEN.file).exists(), "an older file would pass for a new one"
-    untrained = [row["error"] for row in rows if row["entry"] == "resnet18_tam.cifar10"]
+    untrained = [row["error"] for row in rows if row["entry"] == UNTRAINED.name]
     assert len(untrained) == 1 + len(zoo.FORMATS)
-    assert all("resnet18_tam.cifar10 has no trained weights yet" in error for error in untrained)
+    assert all(f"{UNTRAINED.name} has no trained weights yet" in error for error in untrained)
 
 
 @pytest.mark.slow
