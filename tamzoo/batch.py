@@ -12,10 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tamzoo.answers import Engine, schema
-from tamzoo.checkpoint import check_output_file, whole_file, write_whole
+from tamzoo.checkpoint import check_output_file, locked, whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
 from tamzoo.shards import MARK, parquet_library
 
@@ -147,12 +145,8 @@ def _own_folder(job: Job) -> Iterator[None]:
     """The folder of the parts, new or left by a kill, for this call alone."""
     with _keeping(job):
         job.folder.mkdir(exist_ok=True)
-        try:
-            held = FileLock(job.folder / "job.lock").acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"{job.out}: another call is writing it; wait for its end, or pass another --out"
-            ) from error
+        refusal = f"{job.out}: another call is writing it; wait for its end, or pass another --out"
+        held = locked(job.folder / "job.lock", refusal)
     with held:
         _open_folder(job)
         yield

@@ -347,42 +347,21 @@ _OURS = (
     ("resnet20", "cbam", "cifar10"),
 )
 
+_SHA256 = {  # of model.safetensors, by recipe
+    "short-cpu": {
+        "resnet18_tam.cifar10": "928f5b4d1ec4990652fe7be10f3ec8db151f6171930d1b59b8989e317047b336",
+        "wrn10_4_tam.cifar10": "719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
+        "wrn10_4_plain.cifar10": "c4fb9d448b69c56e7820d70a38cc74cf458fdc116832e161e57d2e1064d7ce53",
+        "wrn10_4_scalar.cifar10": "f2c85c043a938f038ebc9a28ab232116a8fdda5d3c13f89da859ff812c1cca81",
+        "wrn10_4_se.cifar10": "b01e1d9c2537d12afe74e6d605736232ea5a69b9fe4d0ac74ba8cc52c53fd51d",
+        "wrn10_4_cbam.cifar10": "ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
+        "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
+    },
+}
 _TRAINED = {
-    "resnet18_tam.cifar10": Trained(
-        sha256="928f5b4d1ec4990652fe7be10f3ec8db151f6171930d1b59b8989e317047b336",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
-    "wrn10_4_tam.cifar10": Trained(
-        sha256="719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
-    "wrn10_4_plain.cifar10": Trained(
-        sha256="c4fb9d448b69c56e7820d70a38cc74cf458fdc116832e161e57d2e1064d7ce53",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
-    "wrn10_4_scalar.cifar10": Trained(
-        sha256="f2c85c043a938f038ebc9a28ab232116a8fdda5d3c13f89da859ff812c1cca81",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
-    "wrn10_4_se.cifar10": Trained(
-        sha256="b01e1d9c2537d12afe74e6d605736232ea5a69b9fe4d0ac74ba8cc52c53fd51d",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
-    "wrn10_4_cbam.cifar10": Trained(
-        sha256="ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
-    "resnet20_tam.cifar10": Trained(
-        sha256="cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
-        recipe="short-cpu",
-        revision="v0.1.0",
-    ),
+    name: Trained(sha256=sha256, recipe=recipe, revision="v0.1.0")
+    for recipe, files in _SHA256.items()
+    for name, sha256 in files.items()
 }
 
 

@@ -4,10 +4,11 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -51,6 +52,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file at once or not at all."""
     with whole_file(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def locked(path: Path, refusal: str) -> AbstractContextManager:
+    """Takes a file's lock at once; leaving the context gives it back.
+
+    Raises:
+        ValueError: another holds it; says `refusal`.
+    """
+    try:
+        return FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(refusal) from error
 
 
 def check_output_file(path: Path) -> None:

@@ -5,8 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from tamzoo.checkpoint import whole_file, write_whole
+from tamzoo.checkpoint import locked, whole_file, write_whole
 from tamzoo.recipes import Recipe
 
 LOG_FIELDS = ("epoch", "lr", "train_loss", "test_top1_error", "images_per_s", "seconds")
@@ -71,21 +69,14 @@ class Journal:
             write_whole(path, json.dumps(found, indent=2) + "\n")
         self.commit = ", ".join(found["commits"])
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager:
         """Keeps other processes from training in the folder.
 
         Raises:
             ValueError: one does.
         """
-        try:
-            held = FileLock(self.folder / ".lock").acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"{self.folder}: another process trains there; wait for its end, or choose another --out"
-            ) from error
-        with held:
-            yield
+        refusal = f"{self.folder}: another process trains there; wait for its end, or choose another --out"
+        return locked(self.folder / ".lock", refusal)
 
     def log(self, row: dict[str, float]) -> None:
         """Adds an epoch to log.csv; later ones, of a session that was lost, go.
