@@ -17,13 +17,12 @@ from tamzoo.predict import predict, torch_classifier
 from tamzoo.results import record_of
 from tamzoo.terminal import DEMO_ENTRY
 
-MODEL = DEMO_ENTRY.partition(".")[0]
 CIFAR10 = DATASETS["cifar10"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return timm.create_model(MODEL, pretrained=True).eval()
+    return timm.create_model(DEMO_ENTRY, pretrained=True).eval()
 
 
 def test_a_cat_is_a_cat(model):
@@ -50,8 +49,8 @@ def test_its_gates_measure_as_the_record_says(model):
     "changes", [{"num_classes": 3}, {"in_chans": 1}, {"features_only": True}, {"global_pool": "max"}]
 )
 def test_its_weights_fit_adapted_models(changes):
-    model = timm.create_model(MODEL, pretrained=True, **changes).eval()
-    fresh = timm.create_model(MODEL, **changes).eval()
+    model = timm.create_model(DEMO_ENTRY, pretrained=True, **changes).eval()
+    fresh = timm.create_model(DEMO_ENTRY, **changes).eval()
     x = torch.randn(2, changes.get("in_chans", 3), 32, 32)
     found, other = model(x), fresh(x)
     same = found.shape == other.shape if isinstance(found, torch.Tensor) else len(found) == len(other)
