@@ -351,6 +351,7 @@ _SHA256 = {  # of model.safetensors, by recipe
     "short-cpu": {
         "resnet18_tam.cifar10": "928f5b4d1ec4990652fe7be10f3ec8db151f6171930d1b59b8989e317047b336",
         "resnet18_tam.cifar100": "480ae37b2698c9b4d520648cfb83a45b00ae1b52f065d7aa2ad93674a99b144f",
+        "resnet18_plain.cifar100": "670c529302a944ea7380d0bb81e495d791e6fe944f716c39bcd12353a0368467",
         "wrn10_4_tam.cifar10": "719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
         "wrn10_4_plain.cifar10": "c4fb9d448b69c56e7820d70a38cc74cf458fdc116832e161e57d2e1064d7ce53",
         "wrn10_4_scalar.cifar10": "f2c85c043a938f038ebc9a28ab232116a8fdda5d3c13f89da859ff812c1cca81",
