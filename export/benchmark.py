@@ -19,8 +19,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from export import benchmark_infer
+from tamzoo.allocator import keep_freed_memory
 from tamzoo.attention import TAM
-from tamzoo.learner import keep_freed_memory, set_cudnn
+from tamzoo.learner import set_cudnn
 from tamzoo.terminal import one_sentence
 
 VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam")
@@ -44,7 +45,6 @@ class Trainer:
     def __init__(self, variant: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         set_cudnn()
-        keep_freed_memory()
         if options.threads:
             torch.set_num_threads(options.threads)
         attention, _, reference = variant.partition("-")
@@ -97,6 +97,7 @@ class Trainer:
 
 
 def _serve(variant: str, options: argparse.Namespace, pipe: Any) -> None:
+    keep_freed_memory()
     trainer = Trainer(variant, options)
     for order in iter(pipe.recv, None):
         pipe.send(getattr(trainer, order)())

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tamzoo import cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
+from tamzoo.allocator import keep_freed_memory
 from tamzoo.terminal import Data, Name, Weights, bar, load_model, one_sentence, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -139,5 +140,6 @@ def results() -> None:
 
 def main() -> None:
     """Runs the command line; a ValueError, RuntimeError or OSError is one sentence and exit code 2."""
+    keep_freed_memory()
     with one_sentence():
         app()

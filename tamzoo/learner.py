@@ -1,8 +1,6 @@
 """One training step: forward, loss, backward, SGD, average, on the device and without waiting for it."""
 
-import ctypes
 import os
-import sys
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
@@ -19,7 +17,6 @@ from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.recipes import Recipe
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -65,7 +62,6 @@ class Learner:
             # The last batch of an epoch may be smaller; it runs as it is rather than be compiled too.
             self._full_forward = torch.compile(self._forward, dynamic=False)
         set_cudnn()
-        keep_freed_memory()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=recipe.lr,
@@ -129,17 +125,6 @@ def set_cudnn() -> None:
     """Fastest algorithms, and float32 that is float32: by default cuDNN rounds its inputs to TF32."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc reuse the memory of large tensors, in the whole process.
-
-    By default it hands their pages back to the kernel, which clears new ones for the next step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # other libraries of C do without
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def seed_of(seed: int, index: int, salt: int) -> int:

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -40,31 +39,6 @@ def quick(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-ALLOCATE = """
-import resource, torch
-from tamzoo.learner import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-before = faults()
-keep_freed_memory()
-faults()
-print(before, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc's allocator")
-def test_a_training_process_reuses_the_memory_of_large_tensors():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", ALLOCATE], capture_output=True, text=True, env=environment)
-    before, after = map(int, done.stdout.split())
-    assert before > 100 and after < before / 10, done.stderr
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
