@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,12 @@ def test_both_tables_are_whole():
     tables = [entry.paper.table for entry in ENTRIES.values() if entry.paper]
     assert tables.count(1) == 5 * 4 * 2
     assert tables.count(2) == 4 * 3
+
+
+def test_data_on_the_hub_are_pinned_to_a_commit():
+    hosted = [dataset for dataset in DATASETS.values() if dataset.hub_id]
+    assert {dataset.tag for dataset in hosted} >= {"cifar10", "cifar100", "svhn"}
+    assert all(re.fullmatch("[0-9a-f]{40}", dataset.hub_revision) for dataset in hosted)
 
 
 @pytest.mark.parametrize(
