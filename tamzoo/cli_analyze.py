@@ -40,12 +40,14 @@ def analyze(
     candidates = (*known_peers(main), *(subject(given) for given in peer or ()))
     peers = list({each.weights.resolve(): each for each in candidates}.values())
     check_peers(main, peers)
+    split = load_split(folder, main.dataset, "test", bar)
+    split = Split(pixels=split.pixels[:images], labels=split.labels[:images], note=split.note)
+    for each in (main, *peers):
+        each.load()  # before anything is made or measured
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(error.errno, f"cannot make the folder {out}: {error.strerror}") from error
-    split = load_split(folder, main.dataset, "test", bar)
-    split = Split(pixels=split.pixels[:images], labels=split.labels[:images], note=split.note)
     found = analyse(main, peers, split, bar)
     write_whole(out / ANALYSIS, found.to_json())
     _tell(found)

@@ -208,12 +208,14 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_pat
     refused(analyze("resnet50_tam.cifar10", *data), "these weights are not of resnet50_tam.cifar10")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused(analyze(tam, *data), "drawing needs matplotlib; pip install 'tamzoo[plots]'")
-    assert not list(out.glob("*"))
+    assert not out.exists()
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tamzoo, runs, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_refused_before_any_study(
+    tamzoo, twenty_images, runs, tmp_path, monkeypatch
+):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("tamzoo.data.load_split", None)
+    monkeypatch.setattr("tamzoo.analysis.analyse", None)
     (tmp_path / "file").write_text("x")
     given = ("--weights", runs["tam"] / "model.safetensors", "--data", tmp_path)
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
@@ -232,6 +234,7 @@ def test_weights_that_are_not_numbers_are_refused(tamzoo, twenty_images, runs, t
         tamzoo("analyze", "resnet20_tam.cifar10", *arguments),
         "nan.safetensors: layer2.0.conv1.weight holds NaN or infinity",
     )
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_image_is_too_few(runs):
