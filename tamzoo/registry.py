@@ -13,10 +13,11 @@ from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
 from tamzoo.attention import ATTENTIONS
-from tamzoo.backbones import BasicBlock, Bottleneck, ResNet, WideResNet
+from tamzoo.backbones import BasicBlock, Bottleneck, ResNet
 from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, PAPER_TITLE, Backbone, Dataset, Entry
 from tamzoo.checkpoint import check_fit, check_weights_file
 from tamzoo.hub import CARDS, entry_folder, fetch_weights
+from tamzoo.wide_resnet import WideResNet
 
 __all__: list[str] = ["CARDS", "MODELS", "entry_folder", "find_model"]
 
