@@ -6,7 +6,7 @@ for the whole batch and augment their own share, and so that a test can do the s
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from tamzoo.catalogue import Dataset
 from tamzoo.data import normalise
@@ -53,3 +53,17 @@ def augment(pixels: Tensor, draws: Tensor, recipe: Recipe, dataset: Dataset) -> 
         ).unsqueeze(1)  # (n, h, w)
         x.masked_fill_(hole.unsqueeze(1), 0.0)  # in place, since the copying one forgets the memory format
     return x
+
+
+def shrink(x: Tensor, recipe: Recipe, fraction: float) -> Tensor:
+    """Progressive resizing: what `augment` gave, smaller in the recipe's first part of the training.
+
+    Args:
+        x: float32 (n, 3, h, w).
+        fraction: Of the training that is done.
+    Returns:
+        float32 (n, 3, small_side, small_side), by antialiased bilinear interpolation, or x itself.
+    """
+    if fraction >= recipe.small_until:
+        return x
+    return interpolate(x, size=(recipe.small_side,) * 2, mode="bilinear", antialias=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tamzoo.augment import augment, draw
+from tamzoo.augment import augment, draw, shrink
 from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Entry
 from tamzoo.data import Split
@@ -90,12 +90,13 @@ class Learner:
         """The precision's context, for the model's forward pass."""
         return torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype is not None)
 
-    def learn(self, split: Split, chosen: Tensor, step: int, lr: float) -> Tensor:
+    def learn(self, split: Split, chosen: Tensor, step: int, fraction: float) -> Tensor:
         """One step on the images of a split at the indices `chosen`: on this rank's share of them.
 
         Args:
             chosen: (n,) int64, the whole batch, the same on all ranks.
             step: Of the whole run; what is random depends on it and the seed alone.
+            fraction: Of the training that is done, for the recipe's learning rate and image size.
         Returns:
             Mean loss of this rank's share, on the device, without its graph.
         """
@@ -104,7 +105,7 @@ class Learner:
         mine = chosen[share]
         self._generator.manual_seed(seed_of(self.seed, step, salt=2))
         draws = draw(n, recipe, self.dataset, self._generator)[share]
-        x = augment(split.pixels[mine], draws, recipe, self.dataset)
+        x = shrink(augment(split.pixels[mine], draws, recipe, self.dataset), recipe, fraction)
         forward = self._full_forward if n == recipe.batch_size else self._forward
         with self.autocast():
             logits = forward(x)
@@ -113,7 +114,7 @@ class Learner:
         self.optimizer.zero_grad()
         (loss * (len(mine) * self.world.size / n)).backward()  # the ranks' gradients are averaged
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = recipe.lr_at(fraction)
         self.optimizer.step()
         if self._averages:
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten

@@ -224,8 +224,8 @@ class Run:
         for index, chosen in enumerate(permutation.split(self.recipe.batch_size)):
             if index < begin:
                 continue
-            lr = self.recipe.lr_at(self.step / self.steps)
-            self._losses[index] = self.learner.learn(self.train_split, chosen, self.step, lr)
+            fraction = self.step / self.steps
+            self._losses[index] = self.learner.learn(self.train_split, chosen, self.step, fraction)
             self.step += 1
             self.seconds = seconds + time.monotonic() - started
             if self.device.type == "cpu" or index % STEPS_PER_LOOK == 0:

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tamzoo.augment import augment, draw
+from tamzoo.augment import augment, draw, shrink
 from tamzoo.catalogue import DATASETS
-from tamzoo.recipes import PAPER, PAPER_SVHN, SHORT
+from tamzoo.recipes import PAPER, PAPER_SVHN, PROGRESSIVE_CPU, SHORT
 
 CIFAR = DATASETS["cifar10"]
 
@@ -61,6 +62,17 @@ def test_an_image_does_not_depend_on_its_batch():
     whole = augment(pixels, draws, SHORT, CIFAR)
     part = augment(pixels[5:9], draws[5:9], SHORT, CIFAR)
     assert torch.equal(whole[5:9], part)
+
+
+def test_images_are_small_until_the_recipe_says_whole():
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    small = shrink(x, PROGRESSIVE_CPU, 0.699)
+    assert small.shape == (4, 3, 24, 24) and small.is_contiguous(memory_format=torch.channels_last)
+    pillow = Image.fromarray(x[2, 1].numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(small[2, 1].numpy(), np.asarray(pillow), atol=1e-6)
+    assert shrink(x, PROGRESSIVE_CPU, 0.7) is x
+    assert shrink(x, SHORT, 0.0) is x
 
 
 def test_the_convolutions_get_their_memory_format():

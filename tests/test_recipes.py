@@ -85,6 +85,8 @@ def test_a_data_sets_own_variant_is_found():
         ({"lr_points": ((0.0, 1.0), (0.5, 0.1))}, "must rise from fraction 0.0 to 1.0"),
         ({"epochs": 0}, "must be positive"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
+        ({"small_until": 1.0, "small_side": 24}, "small_until must be in"),
+        ({"small_until": 0.5}, "with a positive small_side, got 0.5 and 0"),
     ],
 )
 def test_a_wrong_row_says_so(wrong, message):

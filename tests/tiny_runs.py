@@ -18,7 +18,9 @@ from tamzoo.train import Run
 
 ENTRY = ENTRIES["resnet20_tam.cifar10"]
 # 20 images in batches of 8: the last batch of an epoch is smaller
-RECIPE = replace(SHORT, name="tiny", epochs=3, batch_size=8, lr=0.05, ema_decay=0.9)
+RECIPE = replace(
+    SHORT, name="tiny", epochs=3, batch_size=8, lr=0.05, ema_decay=0.9, small_until=0.5, small_side=24
+)
 
 
 def random_split(n: int, seed: int) -> Split:
