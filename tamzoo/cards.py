@@ -133,7 +133,11 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def _training(record: Record) -> str:
     recipe = record.recipe
     rows = [
-        ("recipe", f"{recipe.get('name', '')}, {record.epochs} epochs, batch {recipe.get('batch_size')}"),
+        (
+            "recipe",
+            f"{recipe.get('name', '')}, {record.epochs} epochs, batch {recipe.get('batch_size')}"
+            f"{_small(recipe)}",
+        ),
         (
             "optimizer",
             f"SGD, learning rate {recipe.get('lr'):g}, momentum {recipe.get('momentum'):g}"
@@ -154,6 +158,11 @@ def _training(record: Record) -> str:
         ),
     ]
     return _table([("", ""), *rows])
+
+
+def _small(recipe: dict[str, Any]) -> str:
+    until = recipe.get("small_until")
+    return f", the first {until:.0%} on images of {recipe['small_side']} pixels" if until else ""
 
 
 def _after(note: str) -> str:

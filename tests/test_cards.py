@@ -95,6 +95,13 @@ def test_a_trained_card_shows_ours_beside_the_papers(name):
     assert "$" not in text
 
 
+def test_a_card_tells_of_training_on_small_images():
+    entry = ENTRIES["resnet50_tam.cifar100"]
+    text = render_card(entry, a_record(entry, recipe="progressive-cpu"))
+    assert "| recipe | progressive-cpu, 30 epochs, batch 128, the first 70% on images of 24 pixels |" in text
+    assert "| recipe | short, 30 epochs, batch 512 |" in render_card(entry, a_record(entry))
+
+
 def test_the_owner_is_the_one_that_publishes():
     entry = ENTRIES[NAMES[0]]
     text = render_card(entry, a_record(entry), owner="someone")

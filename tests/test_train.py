@@ -103,6 +103,15 @@ def test_the_seed_decides_everything(tmp_path, alone):
     assert not torch.equal(found["model.conv1.weight"], expected["model.conv1.weight"])
 
 
+def test_the_recipe_says_until_when_images_are_small(tmp_path):
+    run, sides = tiny_run(tmp_path), []
+    run.learner.model.register_forward_pre_hook(
+        lambda model, inputs: sides.append(inputs[0].shape[-1]) if model.training else None
+    )
+    run.train()
+    assert sides == [24] * 5 + [32] * 4  # nine steps, half of them; the test images stay whole
+
+
 def test_what_is_evaluated_is_the_stored_file(alone):
     record = read_record(alone / "record.json")
     assert record.sha256 == sha256_of(alone / "model.safetensors")
