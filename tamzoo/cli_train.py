@@ -32,7 +32,9 @@ def train(
     precision: Precision = None,
     time_budget: Budget = float("inf"),
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, or start it.")] = False,
-    queue: Annotated[bool, typer.Option(help="The next entries without weights, each resumed.")] = False,
+    queue: Annotated[
+        bool, typer.Option(help="The next entries without weights of the recipe, each resumed.")
+    ] = False,
     only: Annotated[str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.*'.")] = "*",
     compile: Compile = None,
 ) -> None:
@@ -45,7 +47,7 @@ def train(
         recipe=recipe, epochs=epochs, seed=seed, precision=precision, resume=resume or queue, compiled=compile
     )
     with _session() as (world, voice):
-        folders = {name: out} if name else {waits: out / waits for waits in waiting(out, only, world)}
+        folders = {name: out} if name else {waits: out / waits for waits in waiting(out, recipe, only, world)}
         train_entries(folders, order, data, time_budget, world, voice)
 
 

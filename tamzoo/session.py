@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tamzoo.catalogue import ENTRIES, QUEUE
+from tamzoo.catalogue import ENTRIES, QUEUE, Entry
 from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.progress import Voice
@@ -34,24 +34,30 @@ class Order:
         return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
 
 
-def waiting(out: Path, only: str = "*", world: World | None = None) -> list[str]:
-    """Entries without weights, in the catalogue's order of training.
+def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | None = None) -> list[str]:
+    """Entries without weights of a recipe, in the catalogue's order of training.
 
     Args:
         out: Folder of the queue's runs; an entry with a record in its folder there has weights.
+        recipe: As in `recipe_for`; an entry that was trained by another one, on a CPU say, waits too.
         only: Pattern of names, as of files.
         world: The processes that train together; the first one looks at the folder.
     Raises:
-        ValueError: no entry has such a name.
+        ValueError: no entry has such a name; no such recipe.
     """
     names = [name for name in QUEUE if fnmatch(name, only)]
     if not names:
         raise ValueError(f"no entry is called {only!r}. All names: tamzoo list --all")
-    names = [name for name in names if not ENTRIES[name].trained]
+    names = [name for name in names if not _trained_by(ENTRIES[name], recipe)]
     finished = [(out / name / "record.json").exists() for name in names]
     if world:
         finished = [world.first_says(flag) for flag in finished]
     return [name for name, done in zip(names, finished, strict=True) if not done]
+
+
+def _trained_by(entry: Entry, recipe: str) -> bool:
+    wanted = recipe_for(recipe, entry.dataset.tag).name
+    return entry.trained is not None and entry.trained.recipe == wanted
 
 
 def train_entries(
@@ -71,7 +77,7 @@ def train_entries(
     """
     ends, failed = time.monotonic() + time_budget, []
     if not folders:
-        voice.say("nothing to train: every such entry has weights")
+        voice.say("nothing to train: every such entry has weights of this recipe")
         return True
     directory, splits = data_directory(data), {}
     for name, out in folders.items():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tamzoo import journal, snapshots
-from tamzoo.catalogue import ENTRIES, QUEUE
+from tamzoo.catalogue import ENTRIES, QUEUE, Trained
 from tamzoo.checkpoint import load_weights, sha256_of
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
@@ -409,15 +409,26 @@ def test_the_queue_has_the_stated_order(tmp_path):
     )
     assert QUEUE[10] == "resnet18_plain.cifar10" and QUEUE[20] == "resnet18_se.cifar10"
     assert sorted(QUEUE) == sorted(ENTRIES)  # all of them, once
-    untrained = [name for name in QUEUE if not ENTRIES[name].trained]
-    assert waiting(tmp_path) == untrained
-    (tmp_path / untrained[0]).mkdir()
-    (tmp_path / untrained[0] / "record.json").touch()
-    assert waiting(tmp_path) == untrained[1:]
-    assert waiting(tmp_path, "*_se.*") == [name for name in untrained[1:] if "_se." in name]
+    left = [name for name in QUEUE if (trained := ENTRIES[name].trained) is None or trained.recipe != "short"]
+    assert waiting(tmp_path) == left
+    (tmp_path / left[0]).mkdir()
+    (tmp_path / left[0] / "record.json").touch()
+    assert waiting(tmp_path) == left[1:]
+    assert waiting(tmp_path, only="*_se.*") == [name for name in left[1:] if "_se." in name]
     assert train_entries({}, Order(), tmp_path, math.inf, CPU, SILENT)
     with pytest.raises(ValueError, match="no entry is called 'vgg"):
-        waiting(tmp_path, "vgg*")
+        waiting(tmp_path, only="vgg*")
+
+
+def test_weights_of_another_recipe_do_not_leave_the_queue(tmp_path, monkeypatch):
+    names = "wrn10_4_tam.cifar10", "resnet18_tam.svhn"
+    for name, recipe in zip(names, ("short-cpu", "short-svhn"), strict=True):
+        trained = Trained(sha256="0" * 64, recipe=recipe)
+        monkeypatch.setitem(ENTRIES, name, replace(ENTRIES[name], trained=trained))
+    assert names[0] in waiting(tmp_path) and names[0] not in waiting(tmp_path, "short-cpu")
+    assert names[1] not in waiting(tmp_path) and names[1] in waiting(tmp_path, "paper")
+    with pytest.raises(ValueError, match="no recipe 'shrot'"):
+        waiting(tmp_path, "shrot")
 
 
 @pytest.fixture
