@@ -22,9 +22,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, Dataset
+from tamzoo.catalogue import BACKBONES, ENTRIES
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import normalise
+from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.deploy import PARITY_IMAGES, Run, as_input
 from tamzoo.fold import FoldReport, reparameterize_model, report_of
 from tamzoo.gates import measure_gates

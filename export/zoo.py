@@ -23,9 +23,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tamzoo.catalogue import ENTRIES, Dataset, Entry
+from tamzoo.catalogue import ENTRIES, Entry
 from tamzoo.checkpoint import load_weights, write_whole
 from tamzoo.data import Split, data_directory, load_split
+from tamzoo.datasets import Dataset
 from tamzoo.deploy import PARITY_IMAGES, Deployment, Run, as_input, deployment
 from tamzoo.evaluate import logits_of, score_of
 from tamzoo.latency import time_in_turns

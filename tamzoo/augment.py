@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate, pad
 
-from tamzoo.catalogue import Dataset
 from tamzoo.data import normalise
+from tamzoo.datasets import Dataset
 from tamzoo.recipes import Recipe
 
 

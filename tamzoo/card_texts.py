@@ -2,7 +2,7 @@
 
 from string import Template
 
-from tamzoo.catalogue import PAPER_TITLE
+from tamzoo.paper import PAPER_TITLE
 
 SOURCE = "tamzoo/tamzoo"  # the code, on GitHub
 PAPER_URL = "https://openreview.net/forum?id=r1xBoxBYDH"

@@ -15,8 +15,9 @@ from tamzoo.card_texts import (
     TRAINED,
     UNTRAINED,
 )
-from tamzoo.catalogue import OWNER, PAPER_TITLE, Entry
+from tamzoo.catalogue import OWNER, Entry
 from tamzoo.findings import Analysis
+from tamzoo.paper import PAPER_TITLE
 from tamzoo.records import GateStats, Record
 
 

@@ -1,124 +1,16 @@
-"""The published facts: data sets, backbones, and Tables 1 and 2 of the paper, row by row.
-
-Paper: Tree-structured Attention Module for Image Classification (OpenReview r1xBoxBYDH). Its
-errors are of the best test epoch; ours, in the records, are of the last.
-"""
+"""The zoo's entries: each row of the paper's tables and ours, which backbone it has, and which weights."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-from tamzoo.class_names import CIFAR10, CIFAR100
+from tamzoo.datasets import DATASETS, Dataset
+from tamzoo.paper import TABLE_1, TABLE_2, PaperCell
 from tamzoo.recipes import RECIPES
 
-PAPER_TITLE = "Tree-structured Attention Module for Image Classification"
 OWNER = "tamzoo"  # of the cards in model_cards
 HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", OWNER)  # of the repositories that are read and written
 ATTENTION_NAMES = ("plain", "se", "cbam", "tam", "scalar")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A tag: what the images and the classes are, and how they are normalised."""
-
-    tag: str
-    title: str
-    num_classes: int
-    class_names: tuple[str, ...] | None
-    input_size: tuple[int, int, int]  # c h w
-    stem: str  # "3x3" (stride 1, no max-pool) or "7x7" (stride 2, max-pool)
-    mean: tuple[float, ...]  # of the training set, pixels in [0, 1]
-    std: tuple[float, ...]
-    crop_pct: float = 1.0
-    hub_id: str = ""  # of the data set
-    hub_revision: str = ""
-    hub_folder: str = ""  # of the shards in the Hub's repository
-    label_column: str = ""
-    image_column: str = ""
-    counts: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)  # images a class, by split
-    pixel_mean: tuple[float, ...] = ()  # of the training set, where `mean` does not say it
-    pixel_std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{self.tag}: {self.num_classes} classes, but {len(self.class_names)} names")
-        for split, counts in self.counts.items():
-            if len(counts) != self.num_classes:
-                raise ValueError(f"{self.tag}: {self.num_classes} classes, but {len(counts)} {split} counts")
-
-
-# The order is the order in which a bare model name looks for weights.
-DATASETS = {
-    row.tag: row
-    for row in (
-        Dataset(
-            tag="cifar100",
-            title="CIFAR-100",
-            num_classes=100,
-            class_names=CIFAR100,
-            input_size=(3, 32, 32),
-            stem="3x3",
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-            hub_id="uoft-cs/cifar100",
-            hub_revision="aadb3af77e9048adbea6b47c21a81e47dd092ae5",
-            hub_folder="cifar100",
-            image_column="img",
-            label_column="fine_label",
-            counts={"train": (500,) * 100, "test": (100,) * 100},
-        ),
-        Dataset(
-            tag="cifar10",
-            title="CIFAR-10",
-            num_classes=10,
-            class_names=CIFAR10,
-            input_size=(3, 32, 32),
-            stem="3x3",
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-            hub_id="uoft-cs/cifar10",
-            hub_revision="0b2714987fa478483af9968de7c934580d0bb9a2",
-            hub_folder="plain_text",
-            image_column="img",
-            label_column="label",
-            counts={"train": (5000,) * 10, "test": (1000,) * 10},
-        ),
-        Dataset(
-            tag="svhn",
-            title="SVHN",
-            num_classes=10,
-            class_names=tuple("0123456789"),
-            input_size=(3, 32, 32),
-            stem="3x3",
-            mean=(0.0, 0.0, 0.0),  # section 3.3: only scaled to [0, 1]
-            std=(1.0, 1.0, 1.0),
-            hub_id="ufldl-stanford/svhn",
-            hub_revision="f9e1717d73324ebbc1ece84267ccd80d0aca0690",
-            hub_folder="cropped_digits",
-            image_column="image",
-            label_column="label",
-            counts={
-                "train": (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659),
-                "test": (1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595),
-            },
-            pixel_mean=(0.4377, 0.4438, 0.4728),
-            pixel_std=(0.1980, 0.2010, 0.1970),
-        ),
-        Dataset(
-            tag="untrained_in1k",
-            title="ImageNet-1k (architecture only)",
-            num_classes=1000,
-            class_names=None,
-            input_size=(3, 224, 224),
-            stem="7x7",
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            crop_pct=0.875,
-        ),
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,17 +115,6 @@ BACKBONES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperCell:
-    """What a table of the paper says of one entry."""
-
-    table: int
-    top1_error: float  # percent, best test epoch
-    top5_error: float | None = None  # percent
-    params_m: float | None = None  # millions; for TAM not what the paper's own Eq. 2 gives
-    flops_g: float | None = None  # multiply-accumulates in units of 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
 class Trained:
     """Weights that exist: what ties the catalogue to one file."""
 
@@ -277,47 +158,6 @@ class Entry:
         return f"{HUB_OWNER}/{self.name}"
 
 
-# backbone -> for plain, SE, CBAM, TAM: CIFAR-10 top-1; CIFAR-100 top-1, top-5; M parameters (100 classes);
-# G FLOPs where the table gives them
-_TABLE_1 = {
-    "resnet18": (
-        (5.32, 24.97, 7.34, 11.22, 0.52),
-        (5.31, 24.46, 7.16, 11.31, None),
-        (5.28, 24.87, 7.58, 11.31, None),
-        (4.94, 24.35, 6.84, 11.22, None),
-    ),
-    "resnet50": (
-        (5.07, 24.84, 7.11, 23.71, 1.22),
-        (5.172, 23.68, 6.37, 26.22, None),
-        (4.80, 23.67, 6.24, 26.24, None),
-        (4.60, 22.42, 5.94, 24.01, None),
-    ),
-    "resnet101": (
-        (4.76, 23.17, 5.94, 42.70, 2.35),
-        (4.93, 21.87, 5.53, 47.44, 2.36),
-        (4.86, 23.20, 6.11, 47.48, None),
-        (4.54, 21.90, 5.75, 43.34, None),
-    ),
-    "resnext50_32x4d": (
-        (5.39, 23.21, 6.29, 23.18, 1.26),
-        (4.40, 22.62, 5.70, 25.69, 1.27),
-        (4.45, 22.08, 5.76, 25.71, None),
-        (4.37, 21.97, 5.64, 23.48, None),
-    ),
-    "wrn16_8": (
-        (4.94, 22.81, 6.18, 11.01, 1.44),
-        (4.92, 22.70, 6.05, 11.10, 1.45),
-        (4.97, 23.07, 6.15, 11.10, None),
-        (4.92, 22.62, 6.11, 11.05, None),
-    ),
-}
-# backbone -> for plain, SE, TAM: SVHN top-1; M parameters (10 classes)
-_TABLE_2 = {
-    "resnet18": ((5.94, 11.18), (4.51, 11.26), (4.29, 11.21)),
-    "resnet34": ((4.18, 21.28), (4.52, 21.44), (4.11, 21.36)),
-    "resnet50": ((4.46, 23.52), (4.71, 26.04), (3.94, 23.82)),
-    "wrn16_8": ((4.28, 10.96), (3.63, 11.05), (3.71, 11.00)),
-}
 # backbone -> attention -> parameters without the classifier; TAM's as Eq. 2 gives them, 4c - 5 a gate
 _PARAMETERS = {
     "resnet18": {"plain": 11_168_832, "se": 11_255_872, "cbam": 11_258_712, "tam": 11_176_472},
@@ -368,12 +208,12 @@ _TRAINED = {
 
 
 def _rows() -> Iterator[tuple[str, str, str, PaperCell | None]]:
-    for backbone, cells in _TABLE_1.items():
+    for backbone, cells in TABLE_1.items():
         for attention, (c10, c100, c100_top5, params, flops) in zip(ATTENTION_NAMES[:4], cells, strict=True):
             yield backbone, attention, "cifar10", PaperCell(table=1, top1_error=c10)
             cell = PaperCell(table=1, top1_error=c100, top5_error=c100_top5, params_m=params, flops_g=flops)
             yield backbone, attention, "cifar100", cell
-    for backbone, cells in _TABLE_2.items():
+    for backbone, cells in TABLE_2.items():
         for attention, (top1, params) in zip(("plain", "se", "tam"), cells, strict=True):
             yield backbone, attention, "svhn", PaperCell(table=2, top1_error=top1, params_m=params)
     for backbone, attention, tag in _OURS:
@@ -403,7 +243,7 @@ def _queue() -> Iterator[str]:
     for attention in ("tam", "plain", "se", "cbam"):
         yield from (f"{backbone}_{attention}.{tag}" for backbone, tag in order)
     for attention in ("tam", "plain", "se"):
-        yield from (f"{backbone}_{attention}.svhn" for backbone in _TABLE_2)
+        yield from (f"{backbone}_{attention}.svhn" for backbone in TABLE_2)
     yield from (f"{backbone}_{attention}.{tag}" for backbone, attention, tag in _OURS)
 
 

@@ -43,7 +43,8 @@ def list_entries(
     ] = False,
 ) -> None:
     """List the catalogue: the paper's tables, row by row, beside what was trained."""
-    from tamzoo.catalogue import DATASETS, ENTRIES
+    from tamzoo.catalogue import ENTRIES
+    from tamzoo.datasets import DATASETS
     from tamzoo.registry import MODELS
     from tamzoo.results import record_of
 

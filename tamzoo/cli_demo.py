@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tamzoo.terminal import DEMO_ENTRY, bar, load_model, print_gates
 
 if TYPE_CHECKING:
-    from tamzoo.catalogue import Dataset
+    from tamzoo.datasets import Dataset
 
 
 def demo() -> None:

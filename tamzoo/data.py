@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tamzoo.cache import cache_folder
-from tamzoo.catalogue import Dataset
 from tamzoo.checkpoint import whole_file
+from tamzoo.datasets import Dataset
 from tamzoo.progress import Progress, silent
 from tamzoo.sources import ROW, SIDE, Source, fetch_from_hub, find_source
 

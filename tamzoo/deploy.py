@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tamzoo import __version__
 from tamzoo.attention import GATE_TOLERANCE
-from tamzoo.catalogue import DATASETS, ENTRIES, Dataset
+from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import whole_file
 from tamzoo.data import normalise
+from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.fold import FoldReport, reparameterize_model, report_of
 from tamzoo.gates import gates_of
 from tamzoo.images import random_crops

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tamzoo.catalogue import Dataset
 from tamzoo.data import Split, batches, normalise
+from tamzoo.datasets import Dataset
 from tamzoo.progress import Progress, silent
 from tamzoo.records import Score
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tamzoo.catalogue import Dataset
+from tamzoo.datasets import Dataset
 from tamzoo.deploy import (
     EXACT,
     FLOAT16,

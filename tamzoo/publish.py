@@ -16,9 +16,10 @@ from torch import nn
 
 from tamzoo import __version__
 from tamzoo.cards import card_files, pictures
-from tamzoo.catalogue import HUB_OWNER, Dataset, Entry
+from tamzoo.catalogue import HUB_OWNER, Entry
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import Split, load_split
+from tamzoo.datasets import Dataset
 from tamzoo.evaluate import evaluate
 from tamzoo.findings import ANALYSIS
 from tamzoo.hub import LOGIN, WEIGHTS, explain, hash_like, listing

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tamzoo.catalogue import Dataset
+from tamzoo.datasets import Dataset
 from tamzoo.deploy import INT8, Deployment, Parity, as_input, write_checked
 from tamzoo.onnx_export import onnx_libraries, open_session, runner
 from tamzoo.progress import Progress, silent

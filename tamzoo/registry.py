@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from tamzoo.attention import ATTENTIONS
 from tamzoo.backbones import BasicBlock, Bottleneck, ResNet
-from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, PAPER_TITLE, Backbone, Dataset, Entry
+from tamzoo.catalogue import BACKBONES, ENTRIES, Backbone, Entry
 from tamzoo.checkpoint import check_fit, check_weights_file
+from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.hub import CARDS, entry_folder, fetch_weights
+from tamzoo.paper import PAPER_TITLE
 from tamzoo.wide_resnet import WideResNet
 
 __all__: list[str] = ["CARDS", "MODELS", "entry_folder", "find_model"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tamzoo.catalogue import Dataset
+from tamzoo.datasets import Dataset
 from tamzoo.progress import Progress
 
 SIDE = 32

@@ -9,8 +9,9 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from tamzoo.catalogue import ATTENTION_NAMES, DATASETS, ENTRIES, Backbone, Dataset
+from tamzoo.catalogue import ATTENTION_NAMES, ENTRIES, Backbone
 from tamzoo.checkpoint import check_finite, load_weights
+from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.findings import Curve
 from tamzoo.hub import WEIGHTS, entry_folder, fetch_weights
 from tamzoo.journal import read_log

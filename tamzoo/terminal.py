@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tamzoo.catalogue import Dataset
+    from tamzoo.datasets import Dataset
     from tamzoo.progress import Moment
     from tamzoo.records import GateStats
 
@@ -114,8 +114,8 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     """A model in eval mode with weights, its full name, and its data set's row."""
     import timm
 
-    from tamzoo.catalogue import DATASETS
     from tamzoo.checkpoint import check_finite, check_weights_file, load_weights
+    from tamzoo.datasets import DATASETS
     from tamzoo.registry import find_model
 
     name = find_model(name)

@@ -78,8 +78,8 @@ def test_an_analysis_holds_every_study(found, runs):
 
 
 def test_its_gates_are_those_that_measuring_gives(found, runs):
-    from tamzoo.catalogue import DATASETS
     from tamzoo.data import normalise
+    from tamzoo.datasets import DATASETS
 
     model = subjects.subject(str(runs["tam"])).load()
     for a, b in zip(

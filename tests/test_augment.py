@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tamzoo.augment import augment, draw, shrink
-from tamzoo.catalogue import DATASETS
+from tamzoo.datasets import DATASETS
 from tamzoo.recipes import PAPER, PAPER_SVHN, PROGRESSIVE_CPU, SHORT
 
 CIFAR = DATASETS["cifar10"]

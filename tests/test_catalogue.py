@@ -5,7 +5,8 @@ import timm
 import torch
 
 import tamzoo  # noqa: F401
-from tamzoo.catalogue import BACKBONES, DATASETS, ENTRIES, Backbone, Dataset, Entry
+from tamzoo.catalogue import BACKBONES, ENTRIES, Backbone, Entry
+from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.recipes import RECIPES
 
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from tamzoo import sources
-from tamzoo.catalogue import DATASETS
 from tamzoo.data import HUB, data_directory, load_split, normalise
+from tamzoo.datasets import DATASETS
 
 COUNTS = {"cifar10": (3,) * 10, "cifar100": (1,) * 100, "svhn": tuple(range(1, 11))}
 

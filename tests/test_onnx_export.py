@@ -7,8 +7,8 @@ import timm
 import torch
 
 import tamzoo
-from tamzoo.catalogue import DATASETS
 from tamzoo.data import normalise
+from tamzoo.datasets import DATASETS
 from tamzoo.deploy import FLOAT16, check_parity
 from tamzoo.images import random_crops
 from tamzoo.onnx_export import export_onnx, metadata_of, open_session, operators_of, runner

@@ -9,7 +9,7 @@ from onnx import TensorProto
 from PIL import Image
 from timm.data import create_transform
 
-from tamzoo.catalogue import DATASETS
+from tamzoo.datasets import DATASETS
 from tamzoo.deploy import as_texts, told_of
 from tamzoo.images import PICTURES, open_picture
 from tamzoo.predict import Classifier, open_classifier, predict, torch_classifier

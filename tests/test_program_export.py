@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tamzoo.catalogue import DATASETS
 from tamzoo.data import normalise
+from tamzoo.datasets import DATASETS
 from tamzoo.deploy import as_input, deployment
 from tamzoo.images import random_crops
 from tamzoo.program_export import EXPORTERS, export_plain, export_program, exporter_for, load_program

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tamzoo.augment import draw
-from tamzoo.catalogue import DATASETS, ENTRIES
+from tamzoo.catalogue import ENTRIES
+from tamzoo.datasets import DATASETS
 from tamzoo.distributed import World
 from tamzoo.learner import Learner
 from tamzoo.recipes import PAPER, PAPER_SVHN, RECIPES, SHORT, recipe_for

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 import tamzoo  # noqa: F401
-from tamzoo.catalogue import DATASETS, ENTRIES
+from tamzoo.catalogue import ENTRIES
+from tamzoo.datasets import DATASETS
 from tamzoo.registry import MODELS, find_model
 
 SMALL = ("resnet20", "wrn10_4")

@@ -8,9 +8,9 @@ import timm
 import torch
 
 import tamzoo
-from tamzoo.catalogue import DATASETS
 from tamzoo.cli import main
 from tamzoo.data import normalise
+from tamzoo.datasets import DATASETS
 from tamzoo.gates import gates_of
 from tamzoo.images import PICTURES, random_crops
 from tamzoo.predict import predict, torch_classifier
