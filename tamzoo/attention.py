@@ -59,6 +59,12 @@ class TAM(nn.Module):
         """The gate Z of Eq. 2: (n, c, h, w) -> (n, 1, h, w), in (0, 1)."""
         return torch.sigmoid(self.tree(x))
 
+    @torch.no_grad()
+    def gate_at_zero(self) -> float:
+        """The gate of a position whose channels are all zero: where it is static, the gate of any."""
+        weight = next(self.tree.parameters())
+        return float(self.gate(weight.new_zeros(1, self.channels, 1, 1)))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training:  # the weights, or the statistics before them, are about to move
             self.forget_gate()

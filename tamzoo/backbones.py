@@ -46,6 +46,11 @@ class GatedBlock:
             return "not measured since its last training step"
         if not high - low <= tolerance:
             return f"width {high - low:.2g} exceeds the tolerance {tolerance:.2g}"
+        if isinstance(self.se, TAM):  # weights that changed in eval mode did not reset the measurement
+            now = self.se.gate_at_zero()
+            slack = max(tolerance, GATE_TOLERANCE) + torch.finfo(layer.weight.dtype).eps
+            if not low - slack <= now <= high + slack:
+                return f"measured as {mean:.6f}, but now {now:.6f} for an input of zeros; measure it again"
         with torch.no_grad():
             for parameter in (layer.weight, layer.bias):
                 if parameter is not None:

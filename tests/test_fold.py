@@ -72,6 +72,18 @@ def test_a_checkpoint_folds_without_data_until_it_is_trained(shaken):
     assert len(tamzoo.reparameterize_model(again.eval()).fold_report.kept) == 9
 
 
+def test_a_tree_that_changed_in_eval_mode_since_it_was_measured_stays(shaken):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    x = torch.randn(4, 3, 32, 32)
+    remember_gates(model, measure_gates(model, x))
+    with torch.no_grad():
+        model.layer2[1].se.tree[-1].bias += 0.01
+    folded = tamzoo.reparameterize_model(model)
+    ((name, reason),) = folded.fold_report.kept.items()
+    assert name == "layer2.1.se" and "for an input of zeros; measure it again" in reason
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backbone", FAMILIES)
 def test_timms_own_reparameterize_model_folds_measured_gates(backbone, shaken):
     model = make_static(shaken(timm.create_model(f"{backbone}_tam.cifar10")))
