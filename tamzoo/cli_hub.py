@@ -42,7 +42,8 @@ def publish(
     from tamzoo.catalogue import HUB_OWNER
     from tamzoo.data import data_directory
     from tamzoo.onnx_export import export_entry
-    from tamzoo.publish import collect, release, sampler
+    from tamzoo.publish import collect, release
+    from tamzoo.staging import sampler
 
     entries = [entry for entry in _chosen(names, every) if entry.trained or not every]
     if hub.CARDS is None:

@@ -1,55 +1,23 @@
-"""Entries to the Hub: staged, validated, uploaded in one commit each, tagged and collected."""
+"""Entries to the Hub: uploaded in one commit each, tagged and collected."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 from torch import nn
 
 from tamzoo import __version__
-from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import HUB_OWNER, Entry
-from tamzoo.checkpoint import write_whole
-from tamzoo.data import Split, load_split
-from tamzoo.datasets import Dataset
-from tamzoo.evaluate import evaluate
-from tamzoo.findings import ANALYSIS
 from tamzoo.hub import LOGIN, WEIGHTS, explain, hash_like, listing
-from tamzoo.progress import Progress, silent
-from tamzoo.records import Score, read_record
-from tamzoo.verify import ONNX, stored_analysis, stored_golden, verify_folder
+from tamzoo.staging import Staged, stage
 
 TAG = f"v{__version__}"
 COLLECTION = "Tree-structured attention for image classification"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Staged:
-    """A folder that is, byte for byte, what a Hub repository will hold."""
-
-    entry: Entry
-    folder: Path
-    owner: str
-
-    @property
-    def repo_id(self) -> str:
-        return f"{self.owner}/{self.entry.name}"
-
-    @property
-    def files(self) -> dict[str, Path]:
-        return {
-            path.relative_to(self.folder).as_posix(): path
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file()
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,82 +41,6 @@ class Published:
         ]
         told += [f"{would}tagged {self.tag}"] if self.tag else []
         return f"{self.pull_request or self.url}: {'; '.join(told) or 'nothing to upload'}"
-
-
-def stage(
-    entry: Entry,
-    source: Path,
-    folder: Path,
-    *,
-    owner: str = HUB_OWNER,
-    export: Callable[[nn.Module, Path], Any] | None = None,
-    check: Callable[[nn.Module, Entry], Any] | None = None,
-) -> Staged:
-    """Lays out and validates what an entry's Hub repository will hold.
-
-    Args:
-        source: The entry's folder of model_cards.
-        folder: Empty; becomes the repository.
-        export: Writes a model as one ONNX file and raises where the two do not agree.
-        check: Raises where the staged model is not what its record says, see `check_sample`.
-    Raises:
-        ValueError: the entry is not trained, or what is in `source` is not what should be published.
-    """
-    if entry.trained is None:
-        raise ValueError(f"{entry.name} has no trained weights yet; only trained entries are published")
-    problems = verify_folder(entry, source)
-    if problems:
-        raise ValueError(f"{entry.name} cannot be published: {'; '.join(problems)}")
-    record, analysis = read_record(source / "record.json"), stored_analysis(source)
-    measured = [ANALYSIS] if analysis else []
-    for path in (WEIGHTS, "record.json", "log.csv", *measured, *pictures(record, analysis)):
-        shutil.copyfile(source / path, folder / path)
-    for path, text in card_files(entry, record, stored_golden(source), owner, analysis).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / path, text)
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if check:
-        check(model, entry)
-    if export:
-        (folder / ONNX).parent.mkdir()
-        export(model, folder / ONNX)
-    return Staged(entry=entry, folder=folder, owner=owner)
-
-
-def check_sample(model: nn.Module, entry: Entry, split: Split, score: Score, n: int = 1000) -> None:
-    """Sees that a model errs on a sample of the test split as often as its record says.
-
-    Raises:
-        ValueError: the errors differ by more than four standard errors of such a sample.
-    """
-    sample = Split(pixels=split.pixels[:n], labels=split.labels[:n])
-    found, expected = evaluate(model, sample, entry.dataset).top1_error, score.top1_error
-    spread = 100 * (max(expected / 100 * (1 - expected / 100), 1e-4) / len(sample)) ** 0.5
-    if abs(found - expected) > 4 * spread:
-        raise ValueError(
-            f"{entry.name}: the staged weights err on {found:.1f} % of {len(sample)} test images, "
-            f"the record says {expected:.1f} %; evaluate them again"
-        )
-
-
-def sampler(data: Path, cards: Path, progress: Progress = silent) -> Callable[[nn.Module, Entry], None]:
-    """A `check` for `stage` that evaluates on a sample; each test split is loaded once.
-
-    Args:
-        data: Holds the data sets, as for `data.load_split`.
-        cards: Holds a folder with a record for every entry.
-    """
-
-    @cache
-    def split(dataset: Dataset) -> Split:
-        return load_split(data, dataset, "test", progress)
-
-    def check(model: nn.Module, entry: Entry) -> None:
-        check_sample(
-            model, entry, split(entry.dataset), read_record(cards / entry.name / "record.json").score
-        )
-
-    return check
 
 
 @contextmanager

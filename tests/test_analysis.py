@@ -19,7 +19,7 @@ from tamzoo.checkpoint import save_weights, sha256_of
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
 from tamzoo.gates import measure_gates
 from tamzoo.journal import LOG_FIELDS
-from tamzoo.publish import stage
+from tamzoo.staging import stage
 from tamzoo.verify import verify_folder, write_cards
 from tests.conftest import refused
 from tests.standins import a_record, draw, stand_in

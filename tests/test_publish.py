@@ -9,21 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi
 from typer.testing import CliRunner
 
 from tamzoo import hub
-from tamzoo.catalogue import ENTRIES, Entry
+from tamzoo.catalogue import ENTRIES
 from tamzoo.cli import app
-from tamzoo.data import Split
-from tamzoo.evaluate import evaluate
-from tamzoo.publish import TAG, Staged, check_sample, collect, publish, stage
+from tamzoo.publish import TAG, collect, publish
+from tamzoo.staging import Staged, stage
 from tamzoo.verify import verify_remote
 from tests.hub_server import Hub, patient_client
-from tests.standins import a_record, stand_in
+from tests.standins import stand_in
 
 # huggingface_hub's own upload raises it inside httpx
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -145,30 +143,6 @@ def test_another_owner_gets_cards_of_its_own(server, tmp_path):
     assert f"hf-hub:writer/{NAME}" in server.store.content(f"writer/{NAME}", "README.md").decode()
     api = HfApi(endpoint=server.url, token="hf_writer")
     assert verify_remote(entry, api, owner="writer", cache_dir=tmp_path / "cache") == []
-
-
-def test_the_owners_variable_changes_what_is_published_and_not_what_lies_here(tmp_path):
-    code = """
-import sys
-from pathlib import Path
-from tamzoo.catalogue import ENTRIES
-from tamzoo.publish import stage
-from tamzoo.registry import CARDS
-from tamzoo.results import results_csv
-
-entry = ENTRIES["wrn10_4_tam.cifar10"]
-staged = stage(entry, CARDS / entry.name, Path(sys.argv[1]))
-assert staged.repo_id == entry.hub_id == f"me/{entry.name}"
-assert f"hf-hub:me/{entry.name}" in (staged.folder / "README.md").read_text()
-assert (CARDS.parent / "results.csv").read_text() == results_csv()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        env=os.environ | {"TAMZOO_HUB_OWNER": "me"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # Faults
@@ -327,7 +301,7 @@ def test_a_collection_that_fails_is_finished_by_the_next_run(server, api, staged
 KILLED = """
 import sys
 from pathlib import Path
-from tamzoo.publish import Staged, publish
+from tamzoo.publish import publish
 from tests.standins import stand_in
 from huggingface_hub import HfApi
 entry = stand_in(Path(sys.argv[2]))
@@ -364,46 +338,7 @@ def test_a_killed_run_is_finished_by_the_next(server, api, staged, tmp_path):
     assert not [path for method, path, _ in server.log if method == "PUT"], "the blobs were there already"
 
 
-# Staging and verifying
-
-
-def test_only_what_is_right_is_staged(tmp_path):
-    with pytest.raises(ValueError, match=r"resnet18_se\.cifar10 has no trained weights yet"):
-        stage(replace(ENTRIES["resnet18_se.cifar10"], trained=None), tmp_path, tmp_path)
-    entry = stand_in(tmp_path)
-    (tmp_path / NAME / "log.csv").unlink()
-    with pytest.raises(ValueError, match=r"cannot be published: log\.csv is missing"):
-        stage(entry, tmp_path / NAME, tmp_path / "staged")
-
-
-def test_a_failed_export_stops_the_staging(tmp_path):
-    def export(model, path):
-        raise ValueError("the ONNX file differs by 0.5")
-
-    entry = stand_in(tmp_path)
-    (tmp_path / "staged").mkdir()
-    with pytest.raises(ValueError, match="differs"):
-        stage(entry, tmp_path / NAME, tmp_path / "staged", export=export)
-
-
-def test_the_sample_tells_other_weights_from_the_records(tmp_path):
-    entry = stand_in(tmp_path)
-    (tmp_path / "staged").mkdir()
-    generator = np.random.default_rng(0)
-    split = Split(
-        pixels=torch.from_numpy(generator.integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)),
-        labels=torch.from_numpy(generator.integers(0, 10, 40)),
-    )
-    scores = []
-
-    def check(model: torch.nn.Module, entry: Entry) -> None:
-        scores.append(evaluate(model, split, entry.dataset))
-        check_sample(model, entry, split, scores[0])
-        check_sample(model, entry, split, a_record(entry).score)
-
-    with pytest.raises(ValueError, match=r"the record says 5\.2 %; evaluate them again"):
-        stage(entry, tmp_path / NAME, tmp_path / "staged", check=check)
-    assert scores[0].top1_error > 50
+# Verifying
 
 
 def test_a_damaged_repository_is_found_out(server, api, staged, tmp_path):
