@@ -158,9 +158,9 @@ def read_analysis(path: Path) -> Analysis:
 
 @dataclass(frozen=True, kw_only=True)
 class SweptSize:
-    """One run of a sweep over group sizes."""
+    """One run of a sweep over group sizes, or that of the network without attention."""
 
-    group_size: int
+    group_size: int | None  # None: no attention
     entry: str
     recipe: str
     epochs: int

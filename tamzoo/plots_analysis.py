@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import ceil, floor, log10
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -135,21 +136,25 @@ def plot_straightened(analysis: Analysis, out: Path) -> None:
     save(figure, out)
 
 
-def plot_sweep(sizes: Sequence[SweptSize], out: Path) -> None:
-    """Draws the errors against the group size (as the paper's Figure 2)."""
+def plot_sweep(runs: Sequence[SweptSize], out: Path) -> None:
+    """Draws the errors against the group size, and those without attention (as the paper's Figure 2)."""
     figure, (upper, lower) = canvas(out, rows=2)
-    groups = [row.group_size for row in sizes]
-    for axes, name, errors in (
-        (upper, "top-1", [row.top1_error for row in sizes]),
-        (lower, "top-5", [row.top5_error for row in sizes]),
+    sizes = [run for run in runs if run.group_size]
+    groups = [run.group_size for run in sizes]
+    for axes, name, error_of in (
+        (upper, "top-1", attrgetter("top1_error")),
+        (lower, "top-5", attrgetter("top5_error")),
     ):
-        axes.plot(groups, errors, "o-", color=COLOURS[5])
+        axes.plot(groups, [error_of(run) for run in sizes], "o-", color=COLOURS[5], label="TAM")
+        for plain in (run for run in runs if not run.group_size):
+            axes.axhline(error_of(plain), color=GREY, linestyle="--", label="no attention")
         axes.set(ylabel=f"{name} error (%)", xscale="log")
         axes.margins(y=0.15)
     lower.set_xticks(groups, [str(group) for group in groups])
     lower.minorticks_off()
     lower.set_xlabel("group size g")
     upper.set_title(f"{sizes[0].entry}, {sizes[0].epochs} epochs, last epoch, seed {sizes[0].seed}")
+    upper.legend(frameon=False)
     save(figure, out)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,31 +32,37 @@ def sweep_group_sizes(
     world: World,
     voice: Voice,
 ) -> list[SweptSize]:
-    """Trains an entry once a group size; runs that ended are not repeated, others go on.
+    """Trains an entry once a group size, then without attention; ended runs are not repeated, others go on.
 
     Where a group size does not divide a gate's channels, that gate's tree is one convolution over them all.
+    Without attention nothing is trained where the catalogue has no such row.
 
     Args:
         name: An entry with TAM.
         sizes: Each at least 2.
         order: The same for all runs.
-        out: Holds a folder for each run, `group_size_2` and so on, and `sweep.json`.
+        out: Holds a folder for each run, `group_size_2` and so on and `plain`, and `sweep.json`.
         time_budget: Seconds of wall time, from now.
     Returns:
-        The runs that have ended, by group size.
+        The runs that have ended, by group size, the one without attention last.
     Raises:
         ValueError: no such entry, a group size below 2, or a folder that holds another run.
     """
     if name not in ENTRIES or ENTRIES[name].attention != "tam":
         raise ValueError(f"{name}: expected an entry with TAM. All names: tamzoo list '*_tam.*'")
     started, found = time.monotonic(), []
-    for size in sorted(set(sizes)):
-        folder, ordered = out / f"group_size_{size}", replace(order, model_args={"group_size": size})
-        gates, single = _trees(name, size)
-        voice.say(f"group size {size}: {single} of {gates} trees are one convolution over all channels")
-        _check_ended(folder, name, ordered)
+    plain = replace(ENTRIES[name], attention="plain").name
+    for size in [*sorted(set(sizes)), *([None] if plain in ENTRIES else [])]:
+        folder, trained, model_args = out / "plain", plain, {}
+        if size:
+            folder, trained, model_args = out / f"group_size_{size}", name, {"group_size": size}
+        gates, single = _trees(trained, model_args)
+        if size:
+            voice.say(f"group size {size}: {single} of {gates} trees are one convolution over all channels")
+        ordered = replace(order, model_args=model_args, resume=True)
+        _check_ended(folder, trained, ordered)
         left = time_budget - (time.monotonic() - started)
-        if not train_entries({name: folder}, replace(ordered, resume=True), data, left, world, voice):
+        if not train_entries({trained: folder}, ordered, data, left, world, voice):
             break
         if world.first:
             found.append(_swept(read_record(folder / "record.json"), size, gates, single))
@@ -63,10 +70,10 @@ def sweep_group_sizes(
     return found
 
 
-def _trees(name: str, size: int) -> tuple[int, int]:
-    """How many gates the entry has, and how many of their trees are one convolution."""
+def _trees(name: str, model_args: dict[str, Any]) -> tuple[int, int]:
+    """How many gates of TAM the entry has, and how many of their trees are one convolution."""
     with torch.device("meta"):
-        gates = gates_of(timm.create_model(name, group_size=size)).values()
+        gates = gates_of(timm.create_model(name, **model_args)).values()
     return len(gates), sum(len(gate.tree) == 1 for gate in gates)
 
 
@@ -85,7 +92,7 @@ def _check_ended(folder: Path, name: str, order: Order) -> None:
         raise ValueError(f"{folder} holds another run (its precision differs); choose another --out")
 
 
-def _swept(record: Record, size: int, gates: int, single: int) -> SweptSize:
+def _swept(record: Record, size: int | None, gates: int, single: int) -> SweptSize:
     return SweptSize(
         group_size=size,
         entry=record.entry,

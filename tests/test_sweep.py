@@ -65,6 +65,18 @@ def test_runs_that_ended_are_not_repeated_and_others_go_on(sweep, tmp_path):
     assert any(line.startswith(f"{NAME}: done") for line in said)
 
 
+def test_the_network_without_attention_is_trained_alike(sweep, tmp_path):
+    found, _ = sweep(64, name="wrn10_4_tam.cifar10")
+    assert [(row.group_size, row.entry, row.gates) for row in found] == [
+        (64, "wrn10_4_tam.cifar10", 3),
+        (None, "wrn10_4_plain.cifar10", 0),
+    ]
+    records = [read_record(tmp_path / "out" / name / "record.json") for name in ("group_size_64", "plain")]
+    assert records[0].recipe == records[1].recipe and records[1].model_args == {}
+    stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [SweptSize(**row) for row in stored] == found
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -98,6 +110,8 @@ def test_the_command_draws_error_against_group_size(tmp_path, monkeypatch):
         str(tmp_path),
         "--out",
         str(tmp_path / "out"),
+        "--model",
+        "wrn10_4",
         "--recipe",
         "short-cpu",
         "--epochs",
