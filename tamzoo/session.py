@@ -10,6 +10,7 @@ from typing import Any
 from tamzoo.catalogue import ENTRIES, QUEUE, Entry
 from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
+from tamzoo.finish import finish
 from tamzoo.progress import Voice
 from tamzoo.recipes import Recipe, recipe_for
 from tamzoo.records import read_record
@@ -149,6 +150,6 @@ def _train_entry(
         )
         return False
     if world.first:
-        score = run.finish(voice.bar).score
+        score = finish(run, voice.bar).score
         voice.say(f"{name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
     return True

@@ -7,10 +7,8 @@ as its kernels repeat themselves.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
-from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,25 +17,22 @@ import torch
 from torch import Tensor
 
 from tamzoo.catalogue import Entry
-from tamzoo.checkpoint import sha256_of, write_whole
 from tamzoo.clock import Clock
-from tamzoo.data import Split, batches, normalise
+from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
-from tamzoo.gates import save_measured
-from tamzoo.journal import LOG_FIELDS, Journal, hardware, versions
+from tamzoo.journal import LOG_FIELDS, Journal
 from tamzoo.learner import Learner, seed_of
-from tamzoo.progress import Moment, Progress, Watch, silent, unwatched
+from tamzoo.progress import Moment, Watch, unwatched
 from tamzoo.recipes import Recipe
-from tamzoo.records import Record
-from tamzoo.snapshots import keep_newest, load_snapshot, newest, save_snapshot
+from tamzoo.snapshots import load_snapshot, newest, save_snapshot
 
 STEPS_PER_LOOK = 8  # between two looks at the loss on CUDA, and at the clock where ranks must agree
 logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One training run in one folder: run.json, log.csv, snapshots; at the end weights and record.
+    """One training run in one folder: run.json, log.csv and snapshots.
 
     Args:
         entry: What is trained.
@@ -278,34 +273,3 @@ class Run:
         except OSError as error:  # the run may outlive a full disk
             logger.warning("%s; the epoch's line will be written with the next one's", error)
         return row
-
-    def finish(self, progress: Progress = silent) -> Record:
-        """Stores the weights in float16, measures that very file, gates and errors, and writes the record."""
-        path, model = self.out / "model.safetensors", deepcopy(self.learner.kept).eval()
-
-        def images() -> Iterator[Tensor]:
-            return (normalise(pixels, self.entry.dataset) for pixels, _ in batches(self.test_split, 250))
-
-        gates = save_measured(path, model, self.entry.name, images, progress)
-        record = Record(
-            entry=self.entry.name,
-            data=f"{self.entry.dataset.title} train",
-            data_note=self.train_split.note,
-            n_train=len(self.train_split),
-            seed=self.seed,
-            recipe=asdict(self.recipe),
-            epochs=self.recipe.epochs,
-            selection="last epoch",
-            precision=self.precision,
-            hardware=hardware(self.device, self.world.size),
-            seconds=round(self.seconds, 1),
-            commit=self.journal.commit,
-            versions=versions(),
-            sha256=sha256_of(path),
-            score=evaluate(model, self.test_split, self.entry.dataset, progress=progress),
-            gates=gates,
-            model_args=self.model_args,
-        )
-        write_whole(self.out / "record.json", record.to_json())
-        keep_newest(self.out, 1)
-        return record

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tamzoo.checkpoint import sha256_of
+from tamzoo.finish import finish
 from tamzoo.snapshots import load_snapshot
 from tests.tiny_runs import RECIPE, in_a_fork, killed_in_a_fork, tiny_run
 
@@ -20,7 +21,7 @@ LONGER = replace(RECIPE, epochs=8)
 def train(out: Path) -> None:
     run = tiny_run(out, recipe=LONGER, resume=True)
     run.train()
-    run.finish()
+    finish(run)
 
 
 def outcome(out: Path) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import tamzoo.finish
 import tamzoo.train
 from tamzoo.distributed import World, join
 from tamzoo.evaluate import evaluate
@@ -30,13 +31,13 @@ def evaluate_in_float32(*args, **options) -> Score:
 
 def train(out: Path, world: World | None = None) -> None:
     torch.set_default_dtype(torch.float64)
-    tamzoo.train.evaluate = evaluate_in_float32
+    tamzoo.train.evaluate = tamzoo.finish.evaluate = evaluate_in_float32
     run = tiny_run(out, recipe=RANKED, world=world, snapshot_seconds=1e9)
     assert not run.train(time_budget=0.0) and run.step == 0
     run = tiny_run(out, recipe=RANKED, world=world, snapshot_seconds=1e9, resume=True)
     assert run.train()
     if world is None or world.first:
-        run.finish()
+        tamzoo.finish.finish(run)
 
 
 def train_as_rank(out: Path) -> None:

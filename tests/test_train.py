@@ -22,6 +22,7 @@ from tamzoo.catalogue import ENTRIES, QUEUE, Trained
 from tamzoo.checkpoint import load_weights, sha256_of
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
+from tamzoo.finish import finish
 from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
@@ -60,7 +61,7 @@ def alone(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     run = tiny_run(folder, snapshot_seconds=math.inf)
     assert run.train()
-    run.finish()
+    finish(run)
     return folder
 
 
@@ -82,7 +83,7 @@ def test_a_run_stopped_inside_an_epoch_ends_as_one_left_alone(tmp_path, alone):
     run = tiny_run(tmp_path, resume=True)
     assert run.step == 6 and run.train()
     assert_same(state_of(tmp_path), state_of(alone))
-    run.finish()
+    finish(run)
     assert sha256_of(tmp_path / "model.safetensors") == sha256_of(alone / "model.safetensors")
     logs = [journal.read_log(folder) for folder in (tmp_path, alone)]
     for field in ("epoch", "lr", "train_loss", "test_top1_error"):
@@ -176,7 +177,7 @@ def test_the_commit_is_told_when_the_run_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "second")
     run = tiny_run(tmp_path, resume=True, recipe=RECIPE)
     run.train()
-    assert run.finish().commit == "first, second"
+    assert finish(run).commit == "first, second"
 
 
 @pytest.fixture
