@@ -169,7 +169,6 @@ class SweptSize:
     top1_error: float  # percent, last epoch
     top5_error: float
     gates: int
-    single: (
-        int  # gates whose tree is one convolution over all channels: the group is no smaller, or no divisor
-    )
+    single: int  # gates whose tree is one convolution over all channels, where no group divides them further
+    static: int  # gates that GATE_TOLERANCE calls constant on the test images
     sha256: str  # of the weights file

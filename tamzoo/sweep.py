@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 
+from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import write_whole
 from tamzoo.distributed import World
@@ -104,5 +105,6 @@ def _swept(record: Record, size: int | None, gates: int, single: int) -> SweptSi
         top5_error=record.score.top5_error,
         gates=gates,
         single=single,
+        static=sum(gate.width <= GATE_TOLERANCE for gate in record.gates),
         sha256=record.sha256,
     )

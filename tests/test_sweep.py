@@ -43,13 +43,16 @@ def test_every_run_has_its_group_size_and_says_it(sweep, tmp_path):
         folder = tmp_path / "out" / f"group_size_{row.group_size}"
         for name in ("run.json", "record.json"):
             assert json.loads((folder / name).read_text())["model_args"] == {"group_size": row.group_size}
-        score = read_record(folder / "record.json").score
+        record = read_record(folder / "record.json")
+        score, widths = record.score, [gate.max - gate.min for gate in record.gates]
         assert (row.top1_error, row.top5_error, row.n) == (score.top1_error, score.top5_error, 20)
+        assert row.static == sum(width <= 1e-4 for width in widths)
         assert row.sha256 == sha256_of(folder / "model.safetensors")
         gates = gates_of(subject(str(folder)).load()).values()
         assert {gate.group_size for gate in gates} == {row.group_size}
     stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [SweptSize(**row) for row in stored] == found
+    assert 0 < found[0].static < 9 and found[1].static == 0
     # 32 exceeds the first stage's 16 channels, equals the second's 32 and halves the third's 64
     assert (found[1].gates, found[1].single, found[0].single) == (9, 6, 0)
     assert "group size 32: 6 of 9 trees are one convolution over all channels" in said
