@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tamzoo.progress import Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order
 from tamzoo.subjects import subject
-from tamzoo.sweep import sweep_group_sizes
+from tamzoo.sweep import GROUP_SIZES, sweep_group_sizes
 from tests.tiny_runs import random_split
 
 NAME = "resnet20_tam.cifar10"
@@ -126,3 +127,20 @@ def test_the_command_draws_error_against_group_size(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "sweep.svg").is_file()
     found = CliRunner().invoke(app, ["sweep", "group-size", "1", *options])
     assert found.exit_code == 2
+
+
+def test_what_export_tells_of_group_sizes_is_what_the_records_hold():
+    export = Path(__file__).parent.parent / "export"
+    rows = [SweptSize(**row) for row in json.loads((export / "group_size_runs/sweep.json").read_text())]
+    assert [row.group_size for row in rows] == [*GROUP_SIZES, None]
+    for row in rows:
+        folder = f"group_size_{row.group_size}" if row.group_size else "plain"
+        record = read_record(export / "group_size_runs" / folder / "record.json")
+        assert (row.sha256, row.top1_error, row.static) == (
+            record.sha256,
+            record.score.top1_error,
+            sum(gate.width <= 1e-4 for gate in record.gates),
+        )
+        gates = f"{row.static} of {row.gates}" if row.group_size else "no gates"
+        cells = row.group_size or "no attention", f"{row.top1_error:.2f} %", f"{row.top5_error:.2f} %", gates
+        assert f"| {' | '.join(map(str, cells))} |" in (export / "README.md").read_text()
