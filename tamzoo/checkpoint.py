@@ -13,6 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from tamzoo.records import Record, read_record
+
+WEIGHTS = "model.safetensors"  # in the folder of an entry or of a run, record.json beside it
+
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
@@ -130,6 +134,23 @@ def check_fit(weights: dict[str, Tensor], model: nn.Module, name: str) -> None:
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems.items() if keys)
         raise ValueError(f"these weights are not of {name}: {told}")
+
+
+def read_finished(folder: Path) -> Record:
+    """The record of a finished run, once its weights are seen to be those that it tells of.
+
+    Raises:
+        ValueError: not the folder of a finished run, or the weights are others.
+    """
+    if not ((folder / WEIGHTS).is_file() and (folder / "record.json").is_file()):
+        raise ValueError(f"{folder}: expected a finished run with {WEIGHTS} and record.json")
+    record = read_record(folder / "record.json")
+    if (found := sha256_of(folder / WEIGHTS)) != record.sha256:
+        raise ValueError(
+            f"{folder / WEIGHTS}: its SHA-256 is {found[:12]}..., its record says {record.sha256[:12]}...; "
+            "fetch or copy both again"
+        )
+    return record
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:

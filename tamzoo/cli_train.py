@@ -37,14 +37,25 @@ def train(
     ] = False,
     only: Annotated[str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.*'.")] = "*",
     compile: Compile = None,
+    initial_checkpoint: Annotated[
+        Path | None, typer.Option(help="Begin with the weights of this finished run of the same entry.")
+    ] = None,
 ) -> None:
     """Train an entry or the queue; under torchrun, on several processes."""
     from tamzoo.session import Order, train_entries, waiting
 
     if (name is None) != queue:
         raise ValueError("pass either the name of an entry or --queue")
+    if queue and initial_checkpoint:
+        raise ValueError("--initial-checkpoint is of one entry: pass its name in place of --queue")
     order = Order(
-        recipe=recipe, epochs=epochs, seed=seed, precision=precision, resume=resume or queue, compiled=compile
+        recipe=recipe,
+        epochs=epochs,
+        seed=seed,
+        precision=precision,
+        resume=resume or queue,
+        compiled=compile,
+        start=initial_checkpoint,
     )
     with _session() as (world, voice):
         folders = {name: out} if name else {waits: out / waits for waits in waiting(out, recipe, only, world)}

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from tamzoo.checkpoint import sha256_of, write_whole
+from tamzoo.checkpoint import WEIGHTS, sha256_of, write_whole
 from tamzoo.data import batches, normalise
 from tamzoo.evaluate import evaluate
 from tamzoo.gates import save_measured
@@ -19,7 +19,7 @@ from tamzoo.train import Run
 
 def finish(run: Run, progress: Progress = silent) -> Record:
     """Stores a trained run's weights in float16, measures that very file, and writes the record."""
-    path, model = run.out / "model.safetensors", deepcopy(run.learner.kept).eval()
+    path, model = run.out / WEIGHTS, deepcopy(run.learner.kept).eval()
 
     def images() -> Iterator[Tensor]:
         return (normalise(pixels, run.entry.dataset) for pixels, _ in batches(run.test_split, 250))
@@ -43,6 +43,7 @@ def finish(run: Run, progress: Progress = silent) -> Record:
         score=evaluate(model, run.test_split, run.entry.dataset, progress=progress),
         gates=gates,
         model_args=run.model_args,
+        start=run.start,
     )
     write_whole(run.out / "record.json", record.to_json())
     keep_newest(run.out, 1)

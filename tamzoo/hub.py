@@ -16,9 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from tamzoo.catalogue import Entry
-from tamzoo.checkpoint import check_weights_file, sha256_of
+from tamzoo.checkpoint import WEIGHTS, check_weights_file, sha256_of
 
-WEIGHTS = "model.safetensors"
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 _PACKAGE = Path(__file__).parent
 CARDS = next(

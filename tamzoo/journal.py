@@ -26,6 +26,7 @@ class Journal:
     Args:
         folder: Made where missing.
         resume: Go on with the run that is there, where there is one.
+        start: SHA-256 of the weights that the run begins with; None for random ones.
     Raises:
         ValueError: the folder holds another run; or this one, and `resume` is not set.
     """
@@ -40,6 +41,7 @@ class Journal:
         precision: str,
         resume: bool,
         model_args: dict[str, Any],
+        start: str | None = None,
     ) -> None:
         self.folder = folder
         self._writer: Any = None
@@ -51,6 +53,7 @@ class Journal:
             "precision": precision,
             "recipe": asdict(recipe),
             "model_args": model_args,
+            "start": start,
         }
         wanted = json.loads(json.dumps(wanted))  # tuples become lists
         path = folder / "run.json"
@@ -122,7 +125,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found["commits"], list):
             raise TypeError("commits is no list")
-        return {"model_args": {}} | found  # early runs had none
+        return {"model_args": {}, "start": None} | found  # early runs had none
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of a run ({error}); choose another --out") from error
 

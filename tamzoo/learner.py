@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tamzoo.augment import augment, draw, shrink
 from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Entry
+from tamzoo.checkpoint import load_weights
 from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.recipes import Recipe
@@ -32,8 +34,9 @@ class Learner:
         compiled: Whether torch.compile makes the step.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own.
+        start: Weights to begin with, in place of random ones.
     Raises:
-        ValueError: no such precision.
+        ValueError: no such precision; or `start` is not of this model.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Learner:
         compiled: bool,
         world: World,
         model_args: dict[str, Any] | None = None,
+        start: Path | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -53,6 +57,8 @@ class Learner:
         self._dtype = PRECISIONS[precision]
         torch.manual_seed(seed)
         self.model = timm.create_model(entry.name, **(model_args or {})).to(world.device)
+        if start:
+            load_weights(self.model, start, entry.name)
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
         self._forward = self._full_forward = world.spread(self.model)

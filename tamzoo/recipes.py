@@ -105,8 +105,19 @@ PROGRESSIVE_CPU = replace(
     SHORT_CPU, name="progressive-cpu", epochs=10, cutout=0, small_until=0.7, small_side=24
 )
 
+# A warm restart: on the weights of a run that ended, where a CPU's time comes in pieces.
+RESTART_CPU = replace(
+    SHORT_CPU,
+    name="restart-cpu",
+    lr=0.1,
+    lr_points=((0.0, 0.1), (0.1, 1.0), (1.0, 0.0)),
+    small_until=0.6,
+    small_side=24,
+)
+
 RECIPES = {
-    recipe.name: recipe for recipe in (PAPER, PAPER_SVHN, SHORT, SHORT_SVHN, SHORT_CPU, PROGRESSIVE_CPU)
+    recipe.name: recipe
+    for recipe in (PAPER, PAPER_SVHN, SHORT, SHORT_SVHN, SHORT_CPU, PROGRESSIVE_CPU, RESTART_CPU)
 }
 
 

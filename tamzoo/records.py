@@ -74,6 +74,12 @@ class Record:
     score: Score
     gates: list[GateStats] = field(default_factory=list)
     model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own, as group_size
+    start: "Record | None" = None  # of the run whose weights this one began with; None: random ones
+
+    @property
+    def runs(self) -> "list[Record]":
+        """The runs that made the weights, one on the other's weights, in their order."""
+        return [*(self.start.runs if self.start else ()), self]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -82,12 +88,17 @@ class Record:
     def from_json(cls, text: str) -> "Record":
         """Raises ValueError where the text is not a record."""
         try:
-            found = json.loads(text)
-            found["score"] = Score(**found["score"])
-            found["gates"] = [GateStats(**gate) for gate in found["gates"]]
-            return cls(**found)
+            return cls._from_dict(json.loads(text))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a training record: {error}") from error
+
+    @classmethod
+    def _from_dict(cls, found: dict[str, Any]) -> "Record":
+        found["score"] = Score(**found["score"])
+        found["gates"] = [GateStats(**gate) for gate in found["gates"]]
+        if found.get("start"):
+            found["start"] = cls._from_dict(found["start"])
+        return cls(**found)
 
 
 def read_record(path: Path) -> Record:

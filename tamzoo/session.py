@@ -28,6 +28,7 @@ class Order:
     resume: bool = False
     compiled: bool | None = None  # None: on CUDA
     model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own
+    start: Path | None = None  # folder of the finished run whose weights training begins with
 
     def recipe_on(self, tag: str) -> Recipe:
         """The recipe's row for a data set, with this order's epochs."""
@@ -131,11 +132,13 @@ def _train_entry(
         compiled=order.compiled,
         world=world,
         model_args=order.model_args,
+        start=order.start,
     )
     ranks = f", {world.size} processes" if world.size > 1 else ""
+    start = f", beginning with the weights of {order.start}" if order.start else ""
     voice.say(
-        f"{name}: {recipe.epochs} epochs of recipe {recipe.name}, {precision} on {world.device.type}{ranks}, "
-        f"from step {run.step} of {run.steps}"
+        f"{name}: {recipe.epochs} epochs of recipe {recipe.name}, {precision} on {world.device.type}{ranks}"
+        f"{start}, from step {run.step} of {run.steps}"
     )
 
     def report(row: dict[str, float]) -> None:

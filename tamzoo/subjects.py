@@ -10,10 +10,10 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tamzoo.catalogue import ATTENTION_NAMES, ENTRIES, Backbone
-from tamzoo.checkpoint import check_finite, load_weights
+from tamzoo.checkpoint import WEIGHTS, check_finite, load_weights, read_finished
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.findings import Curve
-from tamzoo.hub import WEIGHTS, entry_folder, fetch_weights
+from tamzoo.hub import entry_folder, fetch_weights
 from tamzoo.journal import read_log
 from tamzoo.records import read_record
 from tamzoo.registry import MODELS, find_model
@@ -67,14 +67,12 @@ def subject(given: str, weights: Path | None = None) -> Subject:
         given: An entry, a model (then with `weights`), or a folder that holds weights and record.
         weights: In place of the entry's own.
     Raises:
-        ValueError: no such entry or folder, or a folder without a finished run.
+        ValueError: no such entry or folder; or as `read_finished`.
         RuntimeError, OSError: as `fetch_weights`.
     """
     folder = Path(given)
     if weights is None and folder.is_dir():
-        if not ((folder / WEIGHTS).is_file() and (folder / "record.json").is_file()):
-            raise ValueError(f"{folder}: expected a finished run with {WEIGHTS} and record.json")
-        entry = read_record(folder / "record.json").entry
+        entry = read_finished(folder).entry
         return Subject(label=folder.resolve().name, entry=entry, weights=folder / WEIGHTS)
     name = find_model(given)
     if "." not in name:

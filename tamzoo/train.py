@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tamzoo.catalogue import Entry
+from tamzoo.checkpoint import WEIGHTS, read_finished
 from tamzoo.clock import Clock
 from tamzoo.data import Split
 from tamzoo.distributed import World
@@ -45,9 +46,10 @@ class Run:
         snapshot_seconds: Between two snapshots.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own: {"group_size": 4}.
+        start: Folder of a finished run of the same model, with whose weights this one begins.
     Raises:
         ValueError: the folder holds another run, or this one and `resume` is not set; its snapshots are
-            damaged; or the data cannot be split over the ranks.
+            damaged; the data cannot be split over the ranks; or `start` is of another model.
     """
 
     def __init__(
@@ -65,8 +67,15 @@ class Run:
         snapshot_seconds: float = 60.0,
         world: World | None = None,
         model_args: dict[str, Any] | None = None,
+        start: Path | None = None,
     ) -> None:
         self.model_args = model_args or {}
+        self.start = read_finished(start) if start else None
+        if self.start and (self.start.entry, self.start.model_args) != (entry.name, self.model_args):
+            raise ValueError(
+                f"{start}: expected a run of {entry.name} with model arguments {self.model_args}, "
+                f"found one of {self.start.entry} with {self.start.model_args}"
+            )
         self.entry, self.recipe, self.seed, self.precision, self.out = entry, recipe, seed, precision, out
         self.train_split, self.test_split = train, test
         self.device = train.labels.device
@@ -90,6 +99,7 @@ class Run:
             compiled=compiled,
             world=self.world,
             model_args=self.model_args,
+            start=start / WEIGHTS if start else None,
         )
         if self.world.first:
             self.journal = Journal(
@@ -100,6 +110,7 @@ class Run:
                 precision=precision,
                 resume=resume,
                 model_args=self.model_args,
+                start=self.start.sha256 if self.start else None,
             )
         self._losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of this epoch, by step
         # read without waiting for the device: it shows a loss of some steps before

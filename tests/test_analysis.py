@@ -1,6 +1,5 @@
 """One command from weights to numbers, pictures and card; one sentence where there is nothing to analyse."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tamzoo.checkpoint import save_weights, sha256_of
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
 from tamzoo.gates import measure_gates
 from tamzoo.journal import LOG_FIELDS
+from tamzoo.records import read_record
 from tamzoo.staging import stage
 from tamzoo.verify import verify_folder, write_cards
 from tests.conftest import refused
@@ -174,10 +174,11 @@ def test_the_shipped_weights_are_peers_of_their_backbone():
 
 def test_a_run_with_another_group_size_loads_as_it_was_trained(tmp_path):
     folder = finished_run(tmp_path / "run", "resnet20_tam.cifar10")
-    record = json.loads((folder / "record.json").read_text()) | {"model_args": {"group_size": 4}}
-    (folder / "record.json").write_text(json.dumps(record))
     weights = timm.create_model("resnet20_tam.cifar10", group_size=4).state_dict()
-    save_weights(folder / "model.safetensors", weights)
+    sha256 = save_weights(folder / "model.safetensors", weights)
+    record = read_record(folder / "record.json")
+    record = replace(record, model_args={"group_size": 4}, sha256=sha256)
+    (folder / "record.json").write_text(record.to_json())
     assert subjects.subject(str(folder)).load().layer1[0].se.group_size == 4
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -124,6 +125,42 @@ def test_what_is_evaluated_is_the_stored_file(alone):
     assert (record.selection, record.epochs, record.n_train) == ("last epoch", 3, 20)
     # the weights are the average's
     assert torch.equal(stored["fc.weight"], state_of(alone)["ema.fc.weight"].half())
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path, alone):
+    run = tiny_run(tmp_path / "second", seed=1, start=alone, recipe=replace(RECIPE, epochs=1))
+    stored, live = load_file(alone / "model.safetensors"), run.learner.model.state_dict()
+    for state in (live, run.learner.kept.state_dict()):
+        assert all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in stored.items())
+    assert run.train()
+    finish(run)
+    record = read_record(tmp_path / "second" / "record.json")
+    assert record.start == read_record(alone / "record.json")
+    assert [run.epochs for run in record.runs] == [3, 1]
+
+
+def test_a_run_that_began_with_weights_ends_alike_when_stopped(tmp_path, alone):
+    tiny_run(tmp_path / "whole", start=alone).train()
+    watch = steps(4)
+    watch.run = run = tiny_run(tmp_path / "stopped", start=alone, snapshot_seconds=math.inf)
+    assert not run.train(watch=watch) and run.step == 4
+    with pytest.raises(ValueError, match="another run \\(start: "):
+        tiny_run(tmp_path / "stopped", resume=True)
+    assert tiny_run(tmp_path / "stopped", start=alone, resume=True).train()
+    assert_same(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
+
+
+def test_weights_to_begin_with_are_those_of_a_finished_run_of_the_entry(tmp_path, alone):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="expected a finished run with model.safetensors and record.json"):
+        tiny_run(out, start=tmp_path)
+    with pytest.raises(ValueError, match="expected a run of resnet20_tam.cifar10 with .*'group_size': 4"):
+        tiny_run(out, start=alone, model_args={"group_size": 4})
+    copy = shutil.copytree(alone, tmp_path / "copy")
+    (copy / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match="its SHA-256 is d9298a10d1b0..., its record says"):
+        tiny_run(out, start=copy)
+    assert not out.exists()
 
 
 def test_the_average_follows_its_formula(tmp_path):
