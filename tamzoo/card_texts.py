@@ -1,5 +1,6 @@
 """The words of the model cards."""
 
+from collections.abc import Sequence
 from string import Template
 
 from tamzoo.paper import PAPER_TITLE
@@ -161,3 +162,9 @@ CITATION = f"""\
   url = {{{PAPER_URL}}}
 }}
 ```"""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as Markdown, the first one the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

@@ -14,7 +14,9 @@ from tamzoo.card_texts import (
     SOURCE,
     TRAINED,
     UNTRAINED,
+    table,
 )
+from tamzoo.card_training import training
 from tamzoo.catalogue import OWNER, Entry
 from tamzoo.findings import Analysis
 from tamzoo.paper import PAPER_TITLE
@@ -58,7 +60,7 @@ def render_card(
         note=note,
         calibration=f"{record.score.calibration_error:.2f}",
         loss=f"{record.score.loss:.4f}",
-        training=_training(record),
+        training=training(record),
         hub_id=f"{owner}/{entry.name}",
         model=entry.model,
         tag=entry.dataset.tag,
@@ -123,51 +125,7 @@ def _results(entry: Entry, record: Record) -> str:
                 "" if cell.params_m is None else f"{cell.params_m:.2f} M",
             )
         )
-    return _table(rows)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def _training(record: Record) -> str:
-    recipe = record.recipe
-    rows = [
-        (
-            "recipe",
-            f"{recipe.get('name', '')}, {record.epochs} epochs, batch {recipe.get('batch_size')}"
-            f"{_small(recipe)}",
-        ),
-        (
-            "optimizer",
-            f"SGD, learning rate {recipe.get('lr'):g}, momentum {recipe.get('momentum'):g}"
-            f"{' (Nesterov)' if recipe.get('nesterov') else ''}, weight decay {recipe.get('weight_decay'):g}",
-        ),
-        ("data", f"{record.data}, {record.n_train:,} images{_after(record.data_note)}"),
-        ("selection", record.selection),
-        ("seed", str(record.seed)),
-        ("precision", record.precision),
-        ("hardware", f"{record.hardware}, {record.seconds / 3600:.2f} hours"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
-        ("commit", f"`{record.commit}`"),
-        ("weights", f"SHA-256 `{record.sha256}`"),
-        (
-            "repeat",
-            f"`tamzoo train {record.entry} --recipe {recipe.get('name', '')} --epochs {record.epochs} "
-            f"--seed {record.seed} --precision {record.precision} --data DIR --out DIR`",
-        ),
-    ]
-    return _table([("", ""), *rows])
-
-
-def _small(recipe: dict[str, Any]) -> str:
-    until = recipe.get("small_until")
-    return f", the first {until:.0%} on images of {recipe['small_side']} pixels" if until else ""
-
-
-def _after(note: str) -> str:
-    return f"; {note}" if note else ""
+    return table(rows)
 
 
 def _gates(gates: Sequence[GateStats]) -> str:
@@ -188,7 +146,7 @@ def _gates(gates: Sequence[GateStats]) -> str:
     return (
         f"\n## Gates\n\nOver all positions of {gates[0].n:,} images; a gate with a standard deviation near 0 "
         "is a number, and folds into the weights before it. The bounds hold for any input whose channels "
-        f"stay in the ranges seen.\n\n{_table(rows)}\n\n![Mean and range of every gate](gates.png)\n"
+        f"stay in the ranges seen.\n\n{table(rows)}\n\n![Mean and range of every gate](gates.png)\n"
     )
 
 

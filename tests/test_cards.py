@@ -102,6 +102,21 @@ def test_a_card_tells_of_training_on_small_images():
     assert "| recipe | short, 30 epochs, batch 512 |" in render_card(entry, a_record(entry))
 
 
+def test_a_card_tells_of_the_run_whose_weights_it_began_with():
+    entry = ENTRIES["resnet18_tam.cifar10"]
+    first, second = a_record(entry, "1" * 64, "short-cpu"), a_record(entry, recipe="restart-cpu")
+    text = render_card(entry, replace(second, epochs=5, start=first))
+    assert "| began with | the weights of a run of short-cpu, 30 epochs, batch 128 (top-1 error" in text
+    assert f"SHA-256 `{'1' * 64}`) |" in text
+    same = "--seed 0 --precision float32"
+    assert (
+        f"`tamzoo train {entry.name} --recipe short-cpu --epochs 30 {same} --data DIR --out DIR1`, "
+        f"then `tamzoo train {entry.name} --recipe restart-cpu --epochs 5 {same} "
+        "--initial-checkpoint DIR1 --data DIR --out DIR2`" in text
+    )
+    assert "began with" not in render_card(entry, first)
+
+
 def test_the_owner_is_the_one_that_publishes():
     entry = ENTRIES[NAMES[0]]
     text = render_card(entry, a_record(entry), owner="someone")

@@ -160,6 +160,12 @@ def test_options_that_would_be_ignored_are_refused(tamzoo, given, told):
     refused(tamzoo("predict", PICTURES, *given), told)
 
 
+def test_the_queue_does_not_begin_with_one_entrys_weights(tamzoo, tmp_path):
+    given = ("--queue", "--initial-checkpoint", tmp_path, "--out", tmp_path / "runs")
+    refused(tamzoo("train", *given), "--initial-checkpoint is of one entry: pass its name")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_results_outside_a_clone_are_refused_and_nothing_is_written(tamzoo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(tamzoo("results"), "expected a clone of tamzoo, found no README.md")

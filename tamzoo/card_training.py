@@ -1,0 +1,66 @@
+"""A card's table of how the weights were trained, and by which commands again."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tamzoo.card_texts import table
+from tamzoo.records import Record
+
+
+def training(record: Record) -> str:
+    """The table, in Markdown."""
+    recipe = record.recipe
+    rows = [
+        ("recipe", _recipe(record)),
+        (
+            "optimizer",
+            f"SGD, learning rate {recipe.get('lr'):g}, momentum {recipe.get('momentum'):g}"
+            f"{' (Nesterov)' if recipe.get('nesterov') else ''}, weight decay {recipe.get('weight_decay'):g}",
+        ),
+        ("data", f"{record.data}, {record.n_train:,} images{_after(record.data_note)}"),
+        ("selection", record.selection),
+        ("seed", str(record.seed)),
+        ("precision", record.precision),
+        ("hardware", f"{record.hardware}, {record.seconds / 3600:.2f} hours"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
+        ("commit", f"`{record.commit}`"),
+        ("weights", f"SHA-256 `{record.sha256}`"),
+        ("repeat", ", then ".join(f"`{command}`" for command in _commands(record))),
+    ]
+    if record.start:
+        rows.insert(1, ("began with", ", then ".join(map(_earlier, record.start.runs))))
+    return table([("", ""), *rows])
+
+
+def _recipe(record: Record) -> str:
+    recipe = record.recipe
+    return (
+        f"{recipe.get('name', '')}, {record.epochs} epochs, batch {recipe.get('batch_size')}{_small(recipe)}"
+    )
+
+
+def _earlier(record: Record) -> str:
+    return (
+        f"the weights of a run of {_recipe(record)} (top-1 error {record.score.top1_error:.2f} %, commit "
+        f"`{record.commit}`, SHA-256 `{record.sha256}`)"
+    )
+
+
+def _commands(record: Record) -> Iterable[str]:
+    """What repeats each run: where one began with another's weights, DIR1 is the other's folder."""
+    for index, run in enumerate(record.runs):
+        out = f"DIR{index + 1}" if record.start else "DIR"
+        start = f" --initial-checkpoint DIR{index}" if run.start else ""
+        yield (
+            f"tamzoo train {run.entry} --recipe {run.recipe.get('name', '')} --epochs {run.epochs} "
+            f"--seed {run.seed} --precision {run.precision}{start} --data DIR --out {out}"
+        )
+
+
+def _small(recipe: dict[str, Any]) -> str:
+    until = recipe.get("small_until")
+    return f", the first {until:.0%} on images of {recipe['small_side']} pixels" if until else ""
+
+
+def _after(note: str) -> str:
+    return f"; {note}" if note else ""
