@@ -4,6 +4,7 @@ A row is one image as uint8: its label, 1 where it is known from a JPEG copy onl
 """
 
 import io
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,20 @@ _BINARY = {
     ),
     "cifar100": ("cifar-100-binary", {"train": ("train.bin",), "test": ("test.bin",)}, 2),
 }
-_PICKLED = {
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "cifar-100-binary.tar.gz"),
+# CIFAR's Python version, which torchvision downloads: folder, files of a split, key of the labels
+_PYTHON = {
+    "cifar10": (
+        "cifar-10-batches-py",
+        {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)},
+        "labels",
+    ),
+    "cifar100": ("cifar-100-python", {"train": ("train",), "test": ("test",)}, "fine_labels"),
 }
+_ARCHIVES = {
+    "cifar10": ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"),
+    "cifar100": ("cifar-100-python.tar.gz", "cifar-100-binary.tar.gz"),
+}
+_INTEGERS = ("BININT1", "BININT2", "BININT", "INT", "LONG1", "LONG")  # opcodes of a pickle that push one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,31 +77,33 @@ def fetch_from_hub(dataset: Dataset, split: str) -> Path:
 
 
 def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
-    """Looks for a split in any layout: parquet shards, CIFAR's binary version, SVHN's .mat files.
+    """Looks for a split in any layout: parquet shards, CIFAR's binary or Python version, SVHN's .mat files.
 
     Args:
         directory: The files' folder, or one that holds it under the data set's tag or its usual name.
     Raises:
-        ValueError: nothing there; or only CIFAR's Python version, which is a pickle.
+        ValueError: nothing there, or only an archive.
     """
     homes = (directory / dataset.tag, directory)
     for home in homes:
         for folder in (home, home / dataset.hub_folder):
             if shards := sorted(folder.glob(f"{split}-*.parquet")):
                 return Source(files=tuple(shards), read=_read_parquet)
-        if dataset.tag in _BINARY:
-            name, files, _ = _BINARY[dataset.tag]
+        for versions, read in ((_BINARY, _read_binary), (_PYTHON, _read_python)):
+            if dataset.tag not in versions:
+                continue
+            name, names, _ = versions[dataset.tag]
             for folder in (home / name, home):
-                if all((folder / file).is_file() for file in files[split]):
-                    return Source(files=tuple(folder / file for file in files[split]), read=_read_binary)
-        elif (file := home / f"{split}_32x32.mat").is_file():
+                files = tuple(folder / file for file in names[split])
+                if all(file.is_file() for file in files):
+                    return Source(files=files, read=read)
+        if dataset.tag == "svhn" and (file := home / f"{split}_32x32.mat").is_file():
             return Source(files=(file,), read=_read_mat)
-    for name in _PICKLED.get(dataset.tag, ())[:2]:
+    for archive in _ARCHIVES.get(dataset.tag, ()):
         for home in homes:
-            if (home / name).exists():
+            if (home / archive).exists():
                 raise ValueError(
-                    f"{home / name}: CIFAR's Python version is a pickle, which can run code when loaded; "
-                    f"unpack {_PICKLED[dataset.tag][2]} there instead"
+                    f"{home / archive}: found an archive, expected what is in it; unpack it there"
                 )
     also = f"{split}_32x32.mat" if dataset.tag == "svhn" else f"{_BINARY[dataset.tag][0]}/"
     raise ValueError(
@@ -142,10 +155,38 @@ def _read_binary(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray
             "fetch it again"
         )
     found = found.reshape(-1, label_bytes + PIXELS)
-    rows = np.zeros((len(found), ROW), dtype=np.uint8)
-    rows[:, 0] = _labels(path, found[:, label_bytes - 1], dataset)
-    planes = found[:, label_bytes:].reshape(-1, 3, SIDE, SIDE)
-    rows[:, 2:] = planes.transpose(0, 2, 3, 1).reshape(-1, PIXELS)  # (n, c, h, w) -> (n, h, w, c)
+    return _from_planes(path, dataset, found[:, label_bytes - 1], found[:, label_bytes:])
+
+
+def _read_python(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
+    """Reads a pickle as the list of opcodes that it is: nothing in it is looked up, built or called."""
+    wanted, key, labels, longest = _PYTHON[dataset.tag][2], "", [], ""
+    try:
+        for opcode, value, _ in pickletools.genops(path.read_bytes()):
+            if isinstance(value, str | bytes):
+                key = value if isinstance(value, str) else value.decode("latin-1")
+                longest = max(longest, key, key=len)
+            elif key == wanted and opcode.name in _INTEGERS:
+                labels.append(value)
+        pixels = np.frombuffer(longest.encode("latin-1"), dtype=np.uint8)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole file of CIFAR's Python version ({error}); fetch it again"
+        ) from error
+    if not labels or len(pixels) != len(labels) * PIXELS:
+        raise ValueError(
+            f"{path}: expected {wanted} and {PIXELS} bytes an image, found {len(labels)} labels and "
+            f"{len(pixels)} bytes; fetch it again"
+        )
+    return _from_planes(path, dataset, np.asarray(labels), pixels.reshape(-1, PIXELS))
+
+
+def _from_planes(path: Path, dataset: Dataset, labels: np.ndarray, planes: np.ndarray) -> np.ndarray:
+    """Rows of images that come as a red, a green and a blue plane."""
+    rows = np.zeros((len(labels), ROW), dtype=np.uint8)
+    rows[:, 0] = _labels(path, labels, dataset)
+    # (n, c, h, w) -> (n, h, w, c)
+    rows[:, 2:] = planes.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1).reshape(-1, PIXELS)
     return rows
 
 

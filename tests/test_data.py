@@ -2,6 +2,8 @@
 
 import io
 import os
+import pickle
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +69,19 @@ class Small:
             part.tofile(folder / name / file)
         return folder
 
+    def python(self, folder: Path, split: str = "train") -> Path:
+        """As Python 2 pickled it: byte strings, lists of labels in batches, numpy's array as one string."""
+        name, files, key = sources._PYTHON[self.dataset.tag]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        planes = self.images.transpose(0, 3, 1, 2).reshape(len(self.labels), -1)
+        parts = (np.array_split(array, len(files[split])) for array in (self.labels, planes))
+        for file, labels, pixels in zip(files[split], *parts, strict=True):
+            pickled = python_2_pickle(key, labels, pixels)
+            told = pickle.loads(pickled, encoding="latin1")  # our own bytes: a pickle as torchvision reads it
+            assert told[key] == labels.tolist() and np.array_equal(told["data"], pixels)
+            (folder / name / file).write_bytes(pickled)
+        return folder
+
     def mat(self, folder: Path, split: str = "train") -> Path:
         from scipy.io import savemat
 
@@ -75,6 +90,38 @@ class Small:
         arrays = {"X": self.images.transpose(1, 2, 3, 0), "y": labels.astype(np.uint8)}
         savemat(folder / f"{split}_32x32.mat", arrays)
         return folder
+
+
+def python_2_pickle(key: str, labels: np.ndarray, pixels: np.ndarray) -> bytes:
+    """File names, coarse labels, labels under `key` and the array of pixels, as protocol 2 wrote them."""
+
+    def string(text: bytes) -> bytes:
+        short = len(text) < 256
+        return (
+            b"U" + struct.pack("<B", len(text)) + text
+            if short
+            else b"T" + struct.pack("<i", len(text)) + text
+        )
+
+    def integer(value: int) -> bytes:
+        return b"K" + struct.pack("<B", value) if value < 256 else b"M" + struct.pack("<H", value)
+
+    def listed(items: list[bytes]) -> bytes:
+        batches = (b"(" + b"".join(items[at : at + 4]) + b"e" for at in range(0, len(items), 4))
+        return b"]q\x03" + b"".join(batches)
+
+    shape = integer(len(pixels)) + integer(pixels.shape[1]) + b"\x86"
+    dtype = b"cnumpy\ndtype\n" + string(b"u1") + b"K\x00K\x01\x87R" + b"(K\x03" + string(b"|")
+    dtype += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + string(b"b") + b"\x87R"
+    array += b"(K\x01" + shape + dtype + b"\x89" + string(pixels.tobytes()) + b"tb"
+    pairs = {
+        "filenames": listed([string(b"a_s_%06d.png" % index) for index in range(len(labels))]),
+        "coarse_labels": listed([integer(7) for _ in labels]),
+        key: listed([integer(label) for label in labels.tolist()]),
+        "data": array,
+    }
+    return b"\x80\x02}q\x01(" + b"".join(string(k.encode()) + v for k, v in pairs.items()) + b"u."
 
 
 @pytest.mark.parametrize(
@@ -90,6 +137,8 @@ class Small:
         ("cifar10", "binary", ""),
         ("cifar10", "binary", "cifar10"),
         ("cifar100", "binary", ""),
+        ("cifar10", "python", ""),
+        ("cifar100", "python", "cifar100"),
         ("svhn", "mat", ""),
         ("svhn", "mat", "svhn"),
     ],
@@ -183,11 +232,26 @@ def test_a_hub_out_of_reach_is_told_in_a_sentence(monkeypatch):
         load_split(HUB, DATASETS["cifar100"], "train")
 
 
-def test_cifars_python_version_is_not_unpickled(tmp_path):
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"\x80\x04.")
-    message = "cifar-10-batches-py: CIFAR's Python version is a pickle.*unpack cifar-10-binary.tar.gz there"
-    with pytest.raises(ValueError, match=message):
+def test_cifars_python_version_is_read_without_running_what_it_holds(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    small = Small("cifar100")
+    file = small.python(tmp_path) / "cifar-100-python" / "train"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + pickle.dumps(Trap(), protocol=2)[2:-1] + b"0.")
+    found = load_split(tmp_path, small.dataset, "train")
+    assert np.array_equal(found.labels.numpy(), small.labels) and not ran.exists()
+    pickle.loads(file.read_bytes(), encoding="latin1")
+    assert ran.exists()  # the trap was one
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    with pytest.raises(ValueError, match="cifar-10-python.tar.gz: found an archive.*; unpack it there"):
         load_split(tmp_path, DATASETS["cifar10"], "train")
 
 
@@ -214,6 +278,12 @@ def damaged(path: Path) -> None:
         ("cifar10", "parquet", "train-00001-of-00002.parquet", "not a whole parquet file"),
         ("cifar10", "binary", "cifar-10-batches-bin/data_batch_3.bin", "expected records of 3073 bytes, got"),
         ("cifar100", "binary", "cifar-100-binary/train.bin", "expected records of 3074 bytes, got"),
+        (
+            "cifar10",
+            "python",
+            "cifar-10-batches-py/data_batch_2",
+            "not a whole file of CIFAR's Python version",
+        ),
         ("svhn", "mat", "train_32x32.mat", "not a whole .mat file"),
     ],
 )
@@ -223,6 +293,17 @@ def test_a_damaged_file_is_named(tmp_path, tag, kind, file, message):
     damaged(tmp_path / file)
     with pytest.raises(ValueError, match=f"{Path(file).name}: {message}"):
         load_split(tmp_path, small.dataset, "train")
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path):
+    file = Small("cifar100").python(tmp_path) / "cifar-100-python" / "train"
+    for content, told in [
+        ({"data": "x"}, "found 0 labels and 4"),
+        ({"fine_labels": [1, 2]}, "found 2 labels"),
+    ]:
+        file.write_bytes(pickle.dumps(content, protocol=2))
+        with pytest.raises(ValueError, match=f"train: expected fine_labels and 3072 bytes an image, {told}"):
+            load_split(tmp_path, DATASETS["cifar100"], "train")
 
 
 def test_other_images_than_the_published_are_refused(tmp_path):
