@@ -189,7 +189,6 @@ _OURS = (
 
 _SHA256 = {  # of model.safetensors, by recipe
     "short-cpu": {
-        "resnet18_tam.cifar10": "928f5b4d1ec4990652fe7be10f3ec8db151f6171930d1b59b8989e317047b336",
         "resnet18_tam.cifar100": "480ae37b2698c9b4d520648cfb83a45b00ae1b52f065d7aa2ad93674a99b144f",
         "resnet18_plain.cifar100": "670c529302a944ea7380d0bb81e495d791e6fe944f716c39bcd12353a0368467",
         "wrn10_4_tam.cifar10": "719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
@@ -201,6 +200,9 @@ _SHA256 = {  # of model.safetensors, by recipe
     },
     "progressive-cpu": {
         "resnet50_tam.cifar100": "9e3ea89db53541cf74c4aea678f3fd86f6ec9cd79288afd1dc278056bb814cb5",
+    },
+    "restart-cpu": {
+        "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",
     },
 }
 _TRAINED = {
