@@ -13,7 +13,8 @@ from torch import nn
 
 from tamzoo import __version__
 from tamzoo.catalogue import HUB_OWNER, Entry
-from tamzoo.hub import LOGIN, WEIGHTS, explain, hash_like, listing
+from tamzoo.checkpoint import WEIGHTS
+from tamzoo.hub import LOGIN, explain, hash_like, listing
 from tamzoo.staging import Staged, stage
 
 TAG = f"v{__version__}"

@@ -12,12 +12,11 @@ from torch import nn
 
 from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import HUB_OWNER, Entry
-from tamzoo.checkpoint import write_whole
+from tamzoo.checkpoint import WEIGHTS, write_whole
 from tamzoo.data import Split, load_split
 from tamzoo.datasets import Dataset
 from tamzoo.evaluate import evaluate
 from tamzoo.findings import ANALYSIS
-from tamzoo.hub import WEIGHTS
 from tamzoo.progress import Progress, silent
 from tamzoo.records import Score, read_record
 from tamzoo.verify import ONNX, stored_analysis, stored_golden, verify_folder

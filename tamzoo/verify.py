@@ -11,10 +11,10 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import ENTRIES, HUB_OWNER, OWNER, Entry
-from tamzoo.checkpoint import load_weights, sha256_of, write_whole
+from tamzoo.checkpoint import WEIGHTS, load_weights, sha256_of, write_whole
 from tamzoo.evaluate import golden_logits
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
-from tamzoo.hub import WEIGHTS, explain, hash_like, listing
+from tamzoo.hub import explain, hash_like, listing
 from tamzoo.records import GateStats, Record, read_record
 
 ONNX = "onnx/model.onnx"
