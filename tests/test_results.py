@@ -8,7 +8,7 @@ from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import sha256_of
 from tamzoo.records import Record, read_record
 from tamzoo.registry import entry_folder
-from tamzoo.results import README_MARKS, record_of, results_csv, with_results
+from tamzoo.results import README_MARKS, record_of, result_row, results_csv, with_results
 
 ROOT = Path(__file__).parent.parent
 TRAINED = [entry for entry in ENTRIES.values() if entry.trained]
@@ -21,6 +21,16 @@ def test_results_csv_comes_from_rows_and_records():
     assert list(rows) == list(ENTRIES)
     assert rows["resnet50_tam.cifar100"]["paper_params_m"] == "24.01"
     assert rows["resnet50_tam.cifar100"]["params_m"] == "23.766"
+
+
+def test_a_row_counts_the_epochs_of_all_runs_that_made_the_weights(monkeypatch):
+    record = record_of(TRAINED[0])
+    assert record
+    chain = dataclasses.replace(record, epochs=5, start=dataclasses.replace(record, epochs=3, start=None))
+    monkeypatch.setattr("tamzoo.results.record_of", lambda entry: chain)
+    row, name = result_row(TRAINED[0]), record.recipe["name"]
+    assert (row["epochs"], row["recipe"]) == (8, f"{name} + {name}")
+    assert Record.from_json(chain.to_json()) == chain
 
 
 def test_the_readmes_table_comes_from_them_too():
