@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.paper import TABLE_1, TABLE_2, PaperCell
-from tamzoo.recipes import RECIPES
+from tamzoo.weights import TRAINED, Trained
 
 OWNER = "tamzoo"  # of the cards in model_cards
 HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", OWNER)  # of the repositories that are read and written
@@ -115,19 +115,6 @@ BACKBONES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """Weights that exist: what ties the catalogue to one file."""
-
-    sha256: str  # of model.safetensors
-    recipe: str
-    revision: str | None = None  # of the Hub repository: the tag under which it is published; None: its head
-
-    def __post_init__(self) -> None:
-        if self.recipe not in RECIPES or len(self.sha256) != 64:
-            raise ValueError(f"expected a recipe of {', '.join(RECIPES)} and a sha256, got {self}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One row of the zoo: a backbone with an attention on a data set."""
 
@@ -187,30 +174,6 @@ _OURS = (
     ("resnet20", "cbam", "cifar10"),
 )
 
-_SHA256 = {  # of model.safetensors, by recipe
-    "short-cpu": {
-        "resnet18_tam.cifar100": "480ae37b2698c9b4d520648cfb83a45b00ae1b52f065d7aa2ad93674a99b144f",
-        "resnet18_plain.cifar100": "670c529302a944ea7380d0bb81e495d791e6fe944f716c39bcd12353a0368467",
-        "wrn10_4_tam.cifar10": "719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
-        "wrn10_4_plain.cifar10": "c4fb9d448b69c56e7820d70a38cc74cf458fdc116832e161e57d2e1064d7ce53",
-        "wrn10_4_scalar.cifar10": "f2c85c043a938f038ebc9a28ab232116a8fdda5d3c13f89da859ff812c1cca81",
-        "wrn10_4_se.cifar10": "b01e1d9c2537d12afe74e6d605736232ea5a69b9fe4d0ac74ba8cc52c53fd51d",
-        "wrn10_4_cbam.cifar10": "ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
-        "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
-    },
-    "progressive-cpu": {
-        "resnet50_tam.cifar100": "9e3ea89db53541cf74c4aea678f3fd86f6ec9cd79288afd1dc278056bb814cb5",
-    },
-    "restart-cpu": {
-        "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",
-    },
-}
-_TRAINED = {
-    name: Trained(sha256=sha256, recipe=recipe, revision="v0.1.0")
-    for recipe, files in _SHA256.items()
-    for name, sha256 in files.items()
-}
-
 
 def _rows() -> Iterator[tuple[str, str, str, PaperCell | None]]:
     for backbone, cells in TABLE_1.items():
@@ -233,7 +196,7 @@ def _entry(backbone: str, attention: str, tag: str, paper: PaperCell | None) -> 
         dataset=dataset,
         params=_PARAMETERS[backbone][attention] + dataset.num_classes * (row.num_features + 1),
         paper=paper,
-        trained=_TRAINED.get(f"{backbone}_{attention}.{tag}"),
+        trained=TRAINED.get(f"{backbone}_{attention}.{tag}"),
     )
 
 

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 import tamzoo
-from tamzoo.catalogue import ENTRIES, Entry, Trained
+from tamzoo.catalogue import ENTRIES, Entry
 from tamzoo.checkpoint import save_weights
 from tamzoo.recipes import RECIPES
 from tamzoo.records import GateStats, Record, Score
 from tamzoo.verify import write_cards
+from tamzoo.weights import Trained
 
 GATE = GateStats(
     name="layer1.0.se",

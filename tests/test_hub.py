@@ -303,7 +303,8 @@ FRESH = """
     import sys
     from dataclasses import replace
     from tamzoo import hub
-    from tamzoo.catalogue import ENTRIES, Trained
+    from tamzoo.catalogue import ENTRIES
+    from tamzoo.weights import Trained
     hub.CARDS = None
     trained = Trained(sha256=sys.argv[1], recipe="short", revision="v1")
     print(hub.fetch_weights(replace(ENTRIES["resnet20_tam.cifar10"], trained=trained)))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tamzoo import journal, snapshots
-from tamzoo.catalogue import ENTRIES, QUEUE, Trained
+from tamzoo.catalogue import ENTRIES, QUEUE
 from tamzoo.checkpoint import load_weights, sha256_of
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
@@ -28,6 +28,7 @@ from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
+from tamzoo.weights import Trained
 from tests.tiny_runs import ENTRY, RECIPE, random_split, tiny_run
 
 CPU = World(device=torch.device("cpu"))
