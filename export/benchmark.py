@@ -91,9 +91,23 @@ class Trainer:
 
     def flops(self) -> float:
         """Of one step's convolutions and matrix products."""
+        call, self.call = self.call, self.model  # the counter does not see inside compiled code
         with FlopCounterMode(display=False) as counter:
             self.step()
+        self.call = call
         return counter.get_total_flops()
+
+    def kernels(self) -> list[tuple[str, float]]:
+        """Shares of the time of five steps, longest first: kernels on CUDA, operators on CPUs."""
+        with torch.profiler.profile() as profile:
+            for _ in range(5):
+                self.step()
+        device = self.x.device.type
+        rows: list[Any] = [row for row in profile.key_averages() if row.device_type.name == device.upper()]
+        field = "self_device_time_total" if self.x.is_cuda else "self_cpu_time_total"
+        times = {row.key: getattr(row, field) for row in rows}
+        whole = sum(times.values())
+        return sorted(((name, time / whole) for name, time in times.items()), key=lambda row: -row[1])
 
 
 def _serve(variant: str, options: argparse.Namespace, pipe: Any) -> None:
@@ -103,8 +117,8 @@ def _serve(variant: str, options: argparse.Namespace, pipe: Any) -> None:
         pipe.send(getattr(trainer, order)())
 
 
-def train(options: argparse.Namespace) -> list[tuple]:
-    """A table of COLUMNS, one row a variant.
+def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tuple[str, float]]]]:
+    """A table of COLUMNS, one row a variant; and, where `options.kernels` asks for it, each one's kernels.
 
     Raises:
         RuntimeError: a variant's process died; its own message is on stderr.
@@ -136,6 +150,7 @@ def train(options: argparse.Namespace) -> list[tuple]:
     peak = next((flops for key, flops in DENSE_PEAK.items() if key in name), None)
     work = ask(first, "flops") if peak else 0.0  # attentions add next to none
     memory = {variant: ask(variant, "peak_bytes") for variant in options.variants}
+    kernels = {variant: ask(variant, "kernels") for variant in options.variants if options.kernels}
     for variant in options.variants:
         seconds = statistics.median(times[variant] for times in rounds)
         ratio = statistics.median(times[variant] / times[first] for times in rounds)
@@ -143,17 +158,21 @@ def train(options: argparse.Namespace) -> list[tuple]:
         told += (memory[variant] / memory[first], work / seconds / peak if peak else float("nan"))
         rows.append((variant, *(round(value, 3) for value in told)))
         pipes[variant].send(None)
-    return rows
+    return rows, kernels
 
 
 def print_training(options: argparse.Namespace) -> None:
-    table = train(options)
+    table, kernels = train(options)
     if options.csv:
         return csv.writer(sys.stdout, lineterminator="\n").writerows(table)
     told = {name: value for name, value in vars(options).items() if name != "run"}
     print(*(f"{name}={value}" for name, value in told.items()), f"torch={torch.__version__}")
     for row in table:
         print("".join(f"{cell!s:>15}" for cell in row))
+    for variant, shares in kernels.items():
+        print(f"\nlongest of {variant}:")
+        for name, share in shares[: options.kernels]:
+            print(f"{share:7.1%}  {name}")
 
 
 def main() -> None:
@@ -170,6 +189,9 @@ def main() -> None:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--threads", type=int, default=0, help="0: as many as torch chooses")
     command.add_argument("--compile", action="store_true")
+    command.add_argument(
+        "--kernels", type=int, default=0, metavar="N", help="also the N longest kernels of each variant"
+    )
     command.add_argument("--csv", action="store_true")
     options = parser.parse_args()
     with one_sentence():
