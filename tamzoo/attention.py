@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.layers import SEModule
 from timm.layers.cbam import CbamModule
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from tamzoo.tree import gated
@@ -13,6 +14,7 @@ from tamzoo.tree import gated
 GATE_TOLERANCE = 1e-4  # largest width (maximum - minimum) of a measured gate that counts as static
 
 
+@register_notrace_module  # timm's feature extraction by torch.fx takes it whole
 class TAM(nn.Module):
     """Tree-structured Attention Module (paper, section 2, Eq. 1-2).
 
@@ -22,8 +24,8 @@ class TAM(nn.Module):
     finishes the tree.
 
     The buffer `measured_gate` holds mean, minimum and maximum of the gate as last measured by
-    `tamzoo.measure_gates`, zeros where nobody has; it travels with the state dict, and a forward pass in
-    training mode resets it.
+    `tamzoo.measure_gates`, zeros where nobody has; it travels with the state dict, stays float32 in a model
+    of any dtype, and is reset by a forward pass in training mode and by weights that come without it.
 
     Args:
         channels: c >= 1.
@@ -53,7 +55,7 @@ class TAM(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         self.tree = nn.Sequential(*layers)
-        self.register_buffer("measured_gate", torch.zeros(3, **made))
+        self.register_buffer("measured_gate", torch.zeros(3, device=device))
 
     def gate(self, x: Tensor) -> Tensor:
         """The gate Z of Eq. 2: (n, c, h, w) -> (n, 1, h, w), in (0, 1)."""
@@ -73,6 +75,13 @@ class TAM(nn.Module):
     def forget_gate(self) -> None:
         """Marks the gate as not measured."""
         self.measured_gate.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        gate = self.measured_gate
+        super()._apply(fn, recurse)
+        if self.measured_gate.dtype != gate.dtype:  # rounded, minimum and maximum may fall together
+            self.measured_gate = gate.to(self.measured_gate.device)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # weights that know nothing of gates load strictly, and leave the gate unmeasured

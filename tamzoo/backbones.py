@@ -43,7 +43,9 @@ class GatedBlock:
             return f"{self.last_affine} ({type(layer).__name__}) has no weights to fold into"
         mean, low, high = self.se.measured_gate.double().tolist()
         if high == 0.0:
-            return "not measured since its last training step"
+            return "not measured since its weights last changed"
+        if not low <= mean <= high:
+            return f"measured as {mean:g} between {low:g} and {high:g}; measure it again"
         if not high - low <= tolerance:
             return f"width {high - low:.2g} exceeds the tolerance {tolerance:.2g}"
         if isinstance(self.se, TAM):  # weights that changed in eval mode did not reset the measurement
@@ -114,6 +116,13 @@ class ResNet(resnet.ResNet):
         """timm's, of the stages that there are."""
         indices, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, indices, *args, **kwargs)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's, of the stages that there are."""
+        indices, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> what enters the first block."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def measure_gates(
 def _stats(name: str, block: int, gate: TAM, watch: _Watch) -> GateStats:
     if watch.images < 2:
         raise ValueError(f"{watch.images} images cannot show whether a gate is static; pass at least two")
-    if not watch.low <= watch.high:
+    if not (isfinite(watch.mean) and watch.low <= watch.high):  # min and max pass NaN over
         raise ValueError(f"gate {name} is not finite: the weights or the images hold NaN or infinity")
     assert watch.channel_low is not None and watch.channel_high is not None
     bound_min, bound_max = gate_bounds(gate, watch.channel_low, watch.channel_high)

@@ -189,6 +189,19 @@ class WideResNet(nn.Module):
             x = self.act2(self.bn2(x))
         return x, found
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's prune_intermediate_layers: what comes after the last feature that is wanted goes."""
+        wanted, last = feature_take_indices(len(self.stage_names) + 1, indices)
+        for name in self.stage_names[last:]:
+            setattr(self, name, nn.Sequential())
+        if prune_norm:
+            self.bn2, self.act2 = nn.Identity(), nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
     def _stage(self, name: str, x: Tensor) -> Tensor:
         stage = getattr(self, name)
         if self.grad_checkpointing:

@@ -1,4 +1,6 @@
 import copy
+from dataclasses import replace
+from math import nan
 
 import pytest
 import timm
@@ -55,10 +57,31 @@ def test_gates_that_move_stay_and_the_report_says_why(shaken):
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gate_that_moves_stays_in_half_precision_too(shaken, dtype):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    gates = measure_gates(model, torch.randn(4, 3, 32, 32))
+    moving = [replace(gate, min=gate.mean - 1.5e-4, max=gate.mean + 1.5e-4) for gate in gates]
+    half = model.to(dtype)
+    assert half.layer1[0].se.measured_gate.dtype == torch.float32
+    report = tamzoo.reparameterize_model(half, moving).fold_report
+    assert report.folded == {} and "width 0.0003 exceeds" in report.kept["layer1.0.se"]
+    assert len(tamzoo.reparameterize_model(half, gates).fold_report.folded) == 9
+
+
+def test_a_gate_whose_mean_is_no_number_stays(shaken):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    gates = [replace(gate, mean=nan) for gate in measure_gates(model, torch.randn(4, 3, 32, 32))]
+    report = tamzoo.reparameterize_model(model, gates).fold_report
+    assert report.folded == {} and all("measured as nan" in reason for reason in report.kept.values())
+
+
 def test_unmeasured_gates_stay(shaken):
     model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
     report = tamzoo.reparameterize_model(model).fold_report
-    assert report.folded == {} and set(report.kept.values()) == {"not measured since its last training step"}
+    assert report.folded == {} and set(report.kept.values()) == {
+        "not measured since its weights last changed"
+    }
 
 
 def test_a_checkpoint_folds_without_data_until_it_is_trained(shaken):

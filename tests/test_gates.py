@@ -108,6 +108,8 @@ def test_what_cannot_be_measured_is_refused(model):
         measure_gates(timm.create_model("resnet20_plain").eval(), images)
     with pytest.raises(ValueError, match="is not finite"):
         measure_gates(model.eval(), torch.full((2, 3, 32, 32), torch.nan))
+    with pytest.raises(ValueError, match="is not finite"):
+        measure_gates(model, torch.cat([images, torch.full_like(images, torch.nan)]), batch_size=2)
     stats = measure_gates(model, images)
     with pytest.raises(ValueError, match="the model has no gate 'layer1.0.se'; it has none"):
         remember_gates(timm.create_model("resnet20_plain"), stats)

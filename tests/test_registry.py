@@ -86,6 +86,21 @@ def test_every_timm_facility_works_on_every_model(model):
         assert [224 // m.shape[2] for m in maps] == large.feature_info.reduction()
 
 
+@pytest.mark.parametrize("name", ["resnet20_tam", "resnet18_tam", "wrn10_4_tam"])
+def test_every_way_to_features_gives_the_same(name):
+    x = torch.randn(2, 3, 32, 32)
+    wanted = timm.create_model(name, features_only=True, out_indices=(1, -2)).eval()
+    for way in ("getter", "fx", "hook"):
+        other = timm.create_model(name, features_only=True, out_indices=(1, -2), feature_cls=way).eval()
+        other.load_state_dict(wanted.state_dict(), strict=False)
+        names = [info["module"] for info in wanted.feature_info.get_dicts()]
+        assert [info["module"] for info in other.feature_info.get_dicts()] == names, way
+        found = other(x)
+        assert [m.shape for m in found] == [m.shape for m in wanted(x)], way
+    last = timm.create_model(name, features_only=True, out_indices=(-1,), feature_cls="getter")
+    assert last(x)[0].shape[1] == last.feature_info.channels()[0]
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_the_plain_imagenet_models_are_timms_own(backbone):
     ours = timm.create_model(f"{backbone}_plain.untrained_in1k").eval()
@@ -120,9 +135,11 @@ def test_compiling_finds_one_graph(name):
     torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_checkpointed_gradients_equal_plain_ones():
-    model = timm.create_model("wrn10_4_tam")
-    x = torch.randn(4, 3, 32, 32)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["wrn10_4_tam", "resnet20_tam"])
+def test_checkpointed_gradients_equal_plain_ones(name, layout):
+    model = timm.create_model(name).to(memory_format=layout)
+    x = torch.randn(4, 3, 32, 32).to(memory_format=layout)
     gradients = []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
