@@ -139,14 +139,15 @@ def verify_remote(
 ) -> list[str]:
     """What is wrong with an entry's Hub repository: as `verify_folder`, and that the ONNX file is there.
 
-    The repository is downloaded, at the catalogue's revision, and its files are compared with the
-    hashes that the Hub lists.
+    The head is downloaded, and its files are compared with the hashes that the Hub lists; at the
+    catalogue's revision, whose card may be an older one, the weights must be the head's.
     """
     repo_id = f"{owner}/{entry.name}"
     revision = entry.trained.revision if entry.trained else None
     try:
-        folder = Path(api.snapshot_download(repo_id, revision=revision, cache_dir=cache_dir))
-        listed = listing(api, repo_id, revision)[1]
+        folder = Path(api.snapshot_download(repo_id, cache_dir=cache_dir))
+        listed = listing(api, repo_id)[1]
+        at_revision = listing(api, repo_id, revision)[1] if revision else listed
     except (HTTPError, OSError, ValueError, EntryNotFoundError) as error:
         return [explain(error, repo_id, revision, api.endpoint)]
     problems = [
@@ -156,4 +157,6 @@ def verify_remote(
     ]
     if entry.trained and ONNX not in listed:
         problems.append(f"{ONNX} is missing")
+    if at_revision.get(WEIGHTS) != listed.get(WEIGHTS):
+        problems.append(f"{WEIGHTS} at {revision} is not the head's")
     return problems + verify_folder(entry, folder, owner)

@@ -41,7 +41,7 @@ FILES = {
 ALWAYS = {"times": -1}
 
 
-def fake_export(model: torch.nn.Module, path: Path) -> None:
+def fake_export(model: torch.nn.Module, path: Path, weights_sha256: str) -> None:
     path.write_bytes(b"onnx" * 100)
 
 
@@ -352,6 +352,25 @@ def test_a_damaged_repository_is_found_out(server, api, staged, tmp_path):
     server.fault(path="/api/models/", status=503, **ALWAYS)
     (told,) = verify_remote(staged.entry, api, cache_dir=tmp_path / "elsewhere")
     assert "try again" in told
+
+
+def test_the_head_is_verified_and_the_weights_at_the_revision(server, api, staged, tmp_path):
+    entry = replace(staged.entry, trained=replace(staged.entry.trained, revision=TAG))
+    (told,) = verify_remote(entry, api, cache_dir=tmp_path / "cache")
+    assert "there is no repository" in told
+    publish(staged, api)
+    other, _ = server.store.push(REPO, "main", "worse", {"README.md": b"# Other"})
+    (told,) = verify_remote(entry, api, cache_dir=tmp_path / "cache")
+    assert told == "README.md is not what the catalogue and the record render to"
+    publish(staged, api)
+    server.store.set_ref(REPO, f"refs/tags/{TAG}", other, replace=True)  # as a tag with an older card
+    assert verify_remote(entry, api, cache_dir=tmp_path / "cache") == []
+    other, _ = server.store.push(REPO, "main", "worse", {"model.safetensors": b"others"})
+    publish(staged, api)
+    server.store.set_ref(REPO, f"refs/tags/{TAG}", other, replace=True)
+    assert verify_remote(entry, api, cache_dir=tmp_path / "cache") == [
+        f"model.safetensors at {TAG} is not the head's"
+    ]
 
 
 def test_a_download_that_arrives_damaged_is_found_out(server, api, staged, tmp_path):
