@@ -129,7 +129,8 @@ def export_formats(entry: Entry, folder: Path, train: Split, test: Split, rounds
         (folder / form.file).unlink(missing_ok=True)
     try:
         model = timm.create_model(entry.name, pretrained=True).eval()
-        made = deployment(model, pixels=test.pixels[:PARITY_IMAGES])
+        sha256 = entry.trained.sha256 if entry.trained else ""
+        made = deployment(model, pixels=test.pixels[:PARITY_IMAGES], weights_sha256=sha256)
         expected = logits_of(model, test, entry.dataset, BATCH, bar)
     except Exception as error:
         return [replace(row, error=_reason(error)) for row in rows]
@@ -242,9 +243,12 @@ def export_zoo(entries: list[Entry], out: Path, data: Path | None, rounds: int =
     Returns:
         The rows of these entries; the report keeps those of others.
     Raises:
-        ValueError: an extra is not installed, the data are missing or damaged, or as `read_report`.
+        ValueError: no rounds, an extra is not installed, the data are missing or damaged, or as
+            `read_report`.
         OSError: `out` cannot be written.
     """
+    if rounds < 1:
+        raise ValueError(f"expected at least one of --rounds, got {rounds}")
     onnx_libraries()
     path, names = out / "report.csv", {entry.name for entry in entries}
     kept = [row for row in read_report(path) if row.entry not in names]

@@ -30,16 +30,18 @@ def export(
 ) -> None:
     """Fold a model and write one file that was checked against it."""
     from tamzoo.attention import GATE_TOLERANCE
+    from tamzoo.catalogue import ENTRIES
     from tamzoo.checkpoint import sha256_of
     from tamzoo.deploy import PARITY_IMAGES, deployment
     from tamzoo.program_export import exporter_for
 
     write = exporter_for(output)
-    model, _, dataset = load_model(name, weights)
+    model, full, dataset = load_model(name, weights)
+    trained = ENTRIES[full].trained if full in ENTRIES else None
     made = deployment(
         model,
         pixels=test_pixels(data, dataset, PARITY_IMAGES)[0],
-        weights_sha256=sha256_of(weights) if weights else None,
+        weights_sha256=sha256_of(weights) if weights else trained.sha256 if trained else "",
         keep_gates=keep_gates,
         tolerance=GATE_TOLERANCE if tolerance is None else tolerance,
     )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tamzoo import __version__
 from tamzoo.attention import GATE_TOLERANCE
-from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import whole_file
 from tamzoo.data import normalise
 from tamzoo.datasets import DATASETS, Dataset
@@ -130,10 +129,15 @@ def write_checked(
     return parity
 
 
+def labels_of(model: nn.Module, dataset: Dataset) -> tuple[str, ...] | None:
+    """The data set's class names; None where the model has another number of classes."""
+    return dataset.class_names if model.num_classes == dataset.num_classes else None
+
+
 def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[str, Any]:
     """What every exported file tells about its input and output."""
     return {
-        "labels": dataset.class_names,
+        "labels": labels_of(deployed, dataset),
         "mean": dataset.mean,
         "std": dataset.std,
         "input_size": dataset.input_size,
@@ -174,7 +178,7 @@ def deployment(
     model: nn.Module,
     *,
     pixels: Tensor | None = None,
-    weights_sha256: str | None = None,
+    weights_sha256: str = "",
     keep_gates: bool = False,
     tolerance: float = GATE_TOLERANCE,
 ) -> Deployment:
@@ -183,19 +187,17 @@ def deployment(
     Args:
         model: In eval mode on the CPU, as `timm.create_model` made it.
         pixels: Images for the parity check; by default crops of the shipped pictures.
-        weights_sha256: Of the model's weights file; by default the catalogue's.
+        weights_sha256: Of the file that the model's weights are from, where they are from one.
         keep_gates: Do not fold; there is no fold report then.
     Raises:
         ValueError: as `reparameterize_model`.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
     name, dataset = f"{cfg['architecture']}.{cfg['tag']}", DATASETS[cfg["tag"]]
-    entry, report, deployed = ENTRIES.get(name), None, model
+    report, deployed = None, model
     if not keep_gates:
         deployed = reparameterize_model(model, tolerance=tolerance)
         report = report_of(deployed)
-    if weights_sha256 is None:
-        weights_sha256 = entry.trained.sha256 if entry and entry.trained else ""
     told = {
         "entry": name,
         "version": __version__,

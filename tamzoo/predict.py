@@ -89,7 +89,8 @@ def torch_classifier(model: nn.Module) -> Classifier:
             return model(torch.from_numpy(batch)).numpy()
 
     told = {key: config[key] for key in ("input_size", "mean", "std", "crop_pct")}
-    told["labels"] = model.pretrained_cfg.get("label_names")  # pyright: ignore
+    labels: Any = model.pretrained_cfg.get("label_names")  # pyright: ignore
+    told["labels"] = labels if labels and len(labels) == model.num_classes else None
     weights = hashlib.sha256()
     for name, value in model.state_dict().items():
         weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())

@@ -165,7 +165,7 @@ def release(
     private: bool = False,
     create_pr: bool = False,
     dry_run: bool = False,
-    export: Callable[[nn.Module, Path], Any] | None = None,
+    export: Callable[..., Any] | None = None,
     check: Callable[[nn.Module, Entry], Any] | None = None,
 ) -> Iterator[Published]:
     """Stages and publishes one entry after another; the first that fails ends it.

@@ -84,6 +84,10 @@ def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
     Raises:
         ValueError: nothing there, or only an archive.
     """
+    if not dataset.counts:
+        raise ValueError(
+            f"{dataset.title}: tamzoo reads no such data; leave out --data and unset TAMZOO_DATA"
+        )
     homes = (directory / dataset.tag, directory)
     for home in homes:
         for folder in (home, home / dataset.hub_folder):

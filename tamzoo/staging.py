@@ -49,7 +49,7 @@ def stage(
     folder: Path,
     *,
     owner: str = HUB_OWNER,
-    export: Callable[[nn.Module, Path], Any] | None = None,
+    export: Callable[..., Any] | None = None,
     check: Callable[[nn.Module, Entry], Any] | None = None,
 ) -> Staged:
     """Lays out and validates what an entry's Hub repository will hold.
@@ -57,7 +57,7 @@ def stage(
     Args:
         source: The entry's folder of model_cards.
         folder: Empty; becomes the repository.
-        export: Writes a model as one ONNX file and raises where the two do not agree.
+        export: Writes a model as one ONNX file, told `weights_sha256`, and raises where the two do not agree.
         check: Raises where the staged model is not what its record says, see `check_sample`.
     Raises:
         ValueError: the entry is not trained, or what is in `source` is not what should be published.
@@ -79,7 +79,7 @@ def stage(
         check(model, entry)
     if export:
         (folder / ONNX).parent.mkdir()
-        export(model, folder / ONNX)
+        export(model, folder / ONNX, weights_sha256=entry.trained.sha256)
     return Staged(entry=entry, folder=folder, owner=owner)
 
 

@@ -262,6 +262,8 @@ def test_a_directory_without_data_says_what_was_looked_for(tmp_path):
         load_split(tmp_path, DATASETS["cifar100"], "train")
     with pytest.raises(ValueError, match=r"expected test-\*.parquet or test_32x32.mat there or in svhn/"):
         load_split(tmp_path, DATASETS["svhn"], "test")
+    with pytest.raises(ValueError, match=r"reads no such data; leave out --data and unset TAMZOO_DATA"):
+        load_split(tmp_path, DATASETS["untrained_in1k"], "test")
     with pytest.raises(ValueError, match="no data directory: pass --data DIR or set TAMZOO_DATA"):
         data_directory(None)
     with pytest.raises(ValueError, match="nowhere: expected a directory"):

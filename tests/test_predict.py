@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from tamzoo.datasets import DATASETS
-from tamzoo.deploy import as_texts, told_of
+from tamzoo.deploy import as_texts, deployment, told_of
 from tamzoo.images import PICTURES, open_picture
 from tamzoo.predict import Classifier, open_classifier, predict, torch_classifier
 from tests.colours import LABELS, colour_onnx
@@ -140,6 +140,14 @@ def test_a_file_crops_as_its_model_does(tmp_path):
     path = colour_onnx(tmp_path / "x.onnx", **as_texts(told | {"labels": LABELS}))
     assert open_classifier(path).crop_pct == torch_classifier(model).crop_pct == 0.875
     assert open_classifier(path, mean=MEAN, std=STD).crop_pct == 1
+
+
+def test_a_model_of_other_classes_does_not_get_the_data_sets_names():
+    model = timm.create_model("resnet20_tam.cifar10", num_classes=5).eval()
+    made = deployment(model, keep_gates=True)
+    assert told_of(made.model, made.dataset)["labels"] is torch_classifier(model).labels is None
+    assert made.told["weights_sha256"] == "", "the catalogue's weights are others"
+    assert torch_classifier(timm.create_model("resnet20_tam.cifar10").eval()).labels[3] == "cat"
 
 
 def test_models_are_told_apart(tmp_path):

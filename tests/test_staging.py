@@ -28,7 +28,8 @@ def test_only_what_is_right_is_staged(tmp_path):
 
 
 def test_a_failed_export_stops_the_staging(tmp_path):
-    def export(model, path):
+    def export(model, path, weights_sha256):
+        assert weights_sha256 == entry.trained.sha256
         raise ValueError("the ONNX file differs by 0.5")
 
     entry = stand_in(tmp_path)

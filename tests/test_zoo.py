@@ -156,3 +156,9 @@ def test_a_full_disk_ends_the_run(command, monkeypatch, tmp_path):
     told = "No space left on device; free some space and run again"
     refused(command("--out", tmp_path, "--data", tmp_path), told)
     assert [path.name for path in Path(tmp_path).rglob("*") if path.is_file()] == ["report.csv"]
+
+
+def test_no_rounds_are_refused_before_anything_is_exported(tmp_path):
+    with pytest.raises(ValueError, match="expected at least one of --rounds, got 0"):
+        zoo.export_zoo([ENTRY], tmp_path / "out", None, rounds=0)
+    assert not (tmp_path / "out").exists()
