@@ -14,7 +14,6 @@ from tamzoo.tree import gated
 GATE_TOLERANCE = 1e-4  # largest width (maximum - minimum) of a measured gate that counts as static
 
 
-@register_notrace_module  # timm's feature extraction by torch.fx takes it whole
 class TAM(nn.Module):
     """Tree-structured Attention Module (paper, section 2, Eq. 1-2).
 
@@ -90,6 +89,9 @@ class TAM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, group_size={self.group_size}"
+
+
+register_notrace_module(TAM)  # timm's feature extraction by torch.fx takes it whole
 
 
 class Scalar(nn.Module):

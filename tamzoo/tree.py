@@ -43,10 +43,8 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
     node: Any = x.grad_fn  # None of a leaf; anything done to x in place makes another node of it
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
-    if torch._C._autograd._top_saved_tensors_default_hooks(True):
-        return (
-            nullcontext()
-        )  # of somebody who looks after memory; checkpointing lets a tensor be had but once
+    if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore
+        return nullcontext()  # another's, and checkpointing's give a tensor only once
     if node is None or node.name() != "NativeBatchNormBackward0" or not node._saved_training:
         return nullcontext()
     bias = node.next_functions[2][0]
