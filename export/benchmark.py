@@ -104,6 +104,8 @@ class Trainer:
                 self.step()
         device = self.x.device.type
         rows: list[Any] = [row for row in profile.key_averages() if row.device_type.name == device.upper()]
+        if self.x.is_cuda:  # annotations span the kernels that they name
+            rows = [row for row in rows if not row.is_user_annotation]
         field = "self_device_time_total" if self.x.is_cuda else "self_cpu_time_total"
         times = {row.key: getattr(row, field) for row in rows}
         whole = sum(times.values())

@@ -28,6 +28,7 @@ from tamzoo.evaluate import evaluate
 from tamzoo.fold import reparameterize_model
 from tamzoo.gates import gates_of, measure_gates, remember_gates
 from tamzoo.recipes import SHORT_CPU
+from tamzoo.terminal import one_sentence
 from tamzoo.train import Run
 
 EVERYTHING = 0.999999  # a tolerance that folds whatever moves
@@ -190,8 +191,12 @@ def main() -> None:
     train.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     commands.add_parser("show").add_argument("out", type=Path)
     options = parser.parse_args()
-    if options.command == "show":
-        return show(options.out)
+    with one_sentence():
+        show(options.out) if options.command == "show" else run_all(options)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Trains and measures the settings that have no table yet."""
     dataset = ENTRIES["resnet20_tam.cifar10"].dataset
     whole, test = (load_split(options.data, dataset, split) for split in ("train", "test"))
     few = slice(options.train_images)

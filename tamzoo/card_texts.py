@@ -52,7 +52,7 @@ Expected calibration error $calibration % (15 bins), mean cross-entropy $loss.
 
 $training
 
-Every setting is in `record.json`, every epoch in `log.csv`.
+Every setting is in `record.json`, every epoch$last in `log.csv`.
 
 ## How to use it
 

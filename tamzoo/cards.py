@@ -61,6 +61,7 @@ def render_card(
         calibration=f"{record.score.calibration_error:.2f}",
         loss=f"{record.score.loss:.4f}",
         training=training(record),
+        last=" of the last run" * bool(record.start),
         hub_id=f"{owner}/{entry.name}",
         model=entry.model,
         tag=entry.dataset.tag,
@@ -155,7 +156,9 @@ def _analysis(analysis: Analysis | None) -> str:
         return ""
     shown = [name for name in analysis.figures if name != "gates"]  # which stands with its table
     pictures = "\n\n".join(f"![{FIGURES[name]}]({name}.png)\n\n{FIGURES[name]}." for name in shown)
-    absent = f" Not compared with {', '.join(analysis.absent)}: no weights yet." * bool(analysis.absent)
+    absent = f" Not compared with {', '.join(analysis.absent)}: these had no weights then." * bool(
+        analysis.absent
+    )
     return (
         "\n## What the gates do\n\nThe figures of the paper's section 4, measured on these weights and "
         f"{analysis.n:,} test images; the numbers are in `analysis.json`.{absent}\n\n{pictures}\n"

@@ -69,7 +69,7 @@ def list_entries(
                 paper and paper.top1_error,
                 paper and paper.top5_error,
                 ours,
-                record and record.epochs,
+                record and record.total_epochs,
                 "yes" if entry.trained else "no",
             )
         )

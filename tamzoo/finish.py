@@ -10,7 +10,6 @@ from tamzoo.checkpoint import WEIGHTS, sha256_of, write_whole
 from tamzoo.data import batches, normalise
 from tamzoo.evaluate import evaluate
 from tamzoo.gates import save_measured
-from tamzoo.journal import hardware, versions
 from tamzoo.progress import Progress, silent
 from tamzoo.records import Record
 from tamzoo.snapshots import keep_newest
@@ -35,10 +34,10 @@ def finish(run: Run, progress: Progress = silent) -> Record:
         epochs=run.recipe.epochs,
         selection="last epoch",
         precision=run.precision,
-        hardware=hardware(run.device, run.world.size),
+        hardware=run.journal.hardware,
         seconds=round(run.seconds, 1),
         commit=run.journal.commit,
-        versions=versions(),
+        versions=run.journal.versions,
         sha256=sha256_of(path),
         score=evaluate(model, run.test_split, run.entry.dataset, progress=progress),
         gates=gates,

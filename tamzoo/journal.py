@@ -17,6 +17,7 @@ import torch
 from tamzoo.checkpoint import locked, whole_file, write_whole
 from tamzoo.recipes import Recipe
 
+SESSIONS = ("commits", "hardware", "versions")  # of a run: those of each session that differ
 LOG_FIELDS = ("epoch", "lr", "train_loss", "test_top1_error", "images_per_s", "seconds")
 
 
@@ -26,9 +27,13 @@ class Journal:
     Args:
         folder: Made where missing.
         resume: Go on with the run that is there, where there is one.
+        hardware: What trains in this session.
         start: SHA-256 of the weights that the run begins with; None for random ones.
     Raises:
         ValueError: the folder holds another run; or this one, and `resume` is not set.
+
+    Attributes:
+        commit, hardware, versions: Of all sessions of the run.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Journal:
         seed: int,
         precision: str,
         resume: bool,
+        hardware: str,
         model_args: dict[str, Any],
         start: str | None = None,
     ) -> None:
@@ -57,7 +63,9 @@ class Journal:
         }
         wanted = json.loads(json.dumps(wanted))  # tuples become lists
         path = folder / "run.json"
-        found = _read_run(path) if path.exists() else wanted | {"commits": []}
+        if not path.exists() and (folder / "record.json").exists():
+            raise ValueError(f"{folder} holds a run that has ended; choose another --out")
+        found = _read_run(path) if path.exists() else wanted | {key: [] for key in SESSIONS}
         for key, value in wanted.items():
             if found.get(key) != value:
                 told = found.get(key) if key != "recipe" else "another recipe"
@@ -67,10 +75,15 @@ class Journal:
                 f"{folder} holds a run of {entry}; pass --resume to go on, or choose another --out"
             )
         # what ran is told when it starts: by its end the code on disk may be another
-        if (commit := commit_here()) not in found["commits"]:
-            found["commits"].append(commit)
+        here: dict[str, Any] = dict(zip(SESSIONS, (commit_here(), hardware, versions()), strict=True))
+        if new := [key for key in SESSIONS if here[key] not in found[key]]:
+            for key in new:
+                found[key].append(here[key])
             write_whole(path, json.dumps(found, indent=2) + "\n")
-        self.commit = ", ".join(found["commits"])
+        self.commit, self.hardware = ", ".join(found["commits"]), "; ".join(found["hardware"])
+        self.versions = {
+            name: ", ".join(dict.fromkeys(each[name] for each in found["versions"])) for name in versions()
+        }
 
     def alone(self) -> AbstractContextManager:
         """Keeps other processes from training in the folder.
@@ -123,9 +136,16 @@ class Journal:
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["commits"], list):
-            raise TypeError("commits is no list")
-        return {"model_args": {}, "start": None} | found  # early runs had none
+        found = {
+            "model_args": {},
+            "start": None,
+            "hardware": [],
+            "versions": [],
+        } | found  # early runs had none
+        for key in SESSIONS:
+            if not isinstance(found[key], list):
+                raise TypeError(f"{key} is no list")
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of a run ({error}); choose another --out") from error
 

@@ -81,6 +81,11 @@ class Record:
         """The runs that made the weights, one on the other's weights, in their order."""
         return [*(self.start.runs if self.start else ()), self]
 
+    @property
+    def total_epochs(self) -> int:
+        """Of all its runs."""
+        return sum(run.epochs for run in self.runs)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import ENTRIES, OWNER, Entry
+from tamzoo.checkpoint import write_whole
 from tamzoo.records import Record, read_record
 from tamzoo.registry import CARDS
 
@@ -58,7 +59,7 @@ def result_row(entry: Entry) -> dict[str, object]:
             "top1_error": f"{record.score.top1_error:.2f}",
             "top5_error": f"{record.score.top5_error:.2f}",
             "n": record.score.n,
-            "epochs": sum(run.epochs for run in record.runs),
+            "epochs": record.total_epochs,
             "recipe": " + ".join(run.recipe["name"] for run in record.runs),
             "seed": record.seed,
             "selection": record.selection,
@@ -118,5 +119,5 @@ def write_results(root: Path) -> list[Path]:
         raise ValueError(f"{root}: expected a clone of tamzoo, found no README.md; change into one")
     pages = {readme: with_results(readme.read_text(encoding="utf-8")), root / "results.csv": results_csv()}
     for path, text in pages.items():
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return list(pages)

@@ -1,13 +1,15 @@
 """One session of training: entries one after another, until they are done or the time is up."""
 
 import difflib
+import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from tamzoo.catalogue import ENTRIES, QUEUE, Entry
+from tamzoo.checkpoint import read_finished
 from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.finish import finish
@@ -40,18 +42,18 @@ def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | No
     """Entries without weights of a recipe, in the catalogue's order of training.
 
     Args:
-        out: Folder of the queue's runs; an entry with a record in its folder there has weights.
+        out: Folder of the queue's runs; an entry with a record of the recipe in its folder there has weights.
         recipe: As in `recipe_for`; an entry that was trained by another one, on a CPU say, waits too.
         only: Pattern of names, as of files.
         world: The processes that train together; the first one looks at the folder.
     Raises:
-        ValueError: no entry has such a name; no such recipe.
+        ValueError: no entry has such a name; no such recipe; a record there cannot be read.
     """
     names = [name for name in QUEUE if fnmatch(name, only)]
     if not names:
         raise ValueError(f"no entry is called {only!r}. All names: tamzoo list --all")
     names = [name for name in names if not _trained_by(ENTRIES[name], recipe)]
-    finished = [(out / name / "record.json").exists() for name in names]
+    finished = [_finished_by(out / name, ENTRIES[name], recipe) for name in names]
     if world:
         finished = [world.first_says(flag) for flag in finished]
     return [name for name, done in zip(names, finished, strict=True) if not done]
@@ -60,6 +62,15 @@ def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | No
 def _trained_by(entry: Entry, recipe: str) -> bool:
     wanted = recipe_for(recipe, entry.dataset.tag).name
     return entry.trained is not None and entry.trained.recipe == wanted
+
+
+def _finished_by(folder: Path, entry: Entry, recipe: str) -> bool:
+    path = folder / "record.json"
+    if not path.is_file():
+        return False
+    record = read_record(path)
+    wanted = recipe_for(recipe, entry.dataset.tag).name
+    return (record.entry, record.recipe["name"]) == (entry.name, wanted)
 
 
 def train_entries(
@@ -90,6 +101,10 @@ def train_entries(
             return False
         dataset = ENTRIES[name].dataset
         try:
+            if world.first_says(order.resume and (out / "record.json").exists()):
+                if world.first:
+                    _tell_ended(name, out, order, voice)
+                continue
             if dataset.tag not in splits:  # one data set at a time on the device
                 splits = {
                     dataset.tag: [
@@ -112,13 +127,27 @@ def train_entries(
     return True
 
 
+def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
+    """Sees that a run that has ended is the one ordered; `Run` itself looks at those that have not."""
+    record = read_record(folder / "record.json")
+    start = read_finished(order.start).sha256 if order.start else None
+    wanted = {
+        "entry": (record.entry, name),
+        "seed": (record.seed, order.seed),
+        "recipe": (record.recipe, json.loads(json.dumps(asdict(order.recipe_on(ENTRIES[name].dataset.tag))))),
+        "model arguments": (record.model_args, order.model_args),
+        "precision": (record.precision, order.precision or record.precision),
+        "initial checkpoint": (record.start.sha256 if record.start else None, start),
+    }
+    for what, (found, ordered) in wanted.items():
+        if found != ordered:
+            raise ValueError(f"{folder} holds another run (its {what} differs); choose another --out")
+    voice.say(f"{name}: done, top-1 error {record.score.top1_error:.2f} %")
+
+
 def _train_entry(
     name: str, out: Path, splits: list[Split], order: Order, budget: float, world: World, voice: Voice
 ) -> bool:
-    if world.first_says(order.resume and (out / "record.json").exists()):
-        if world.first:
-            voice.say(f"{name}: done, top-1 error {read_record(out / 'record.json').score.top1_error:.2f} %")
-        return True
     recipe = order.recipe_on(ENTRIES[name].dataset.tag)
     precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")
     run = Run(

@@ -1,9 +1,10 @@
 """Snapshots of a run in progress: written whole or not at all, the one before kept, damaged ones passed over.
 
-A snapshot is a safetensors file named by its step; a checksum of all tensors is in its metadata,
-since safetensors itself sees a short file but not a changed byte.
+A snapshot is a safetensors file named by its step; a checksum of all tensors and of what is told with
+them is in its metadata, since safetensors itself sees a short file but not a changed byte.
 """
 
+import json
 import logging
 import zlib
 from pathlib import Path
@@ -23,8 +24,8 @@ def _paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("snapshot-*.safetensors"), reverse=True)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    value = 0
+def _checksum(tensors: dict[str, Tensor], told: dict[str, str]) -> str:
+    value = zlib.crc32(json.dumps({**told, "checksum": ""}, sort_keys=True).encode())
     for name in sorted(tensors):
         value = zlib.crc32(
             tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value)
@@ -46,7 +47,8 @@ def save_snapshot(folder: Path, step: int, state: dict[str, Tensor], told: dict[
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{name} is not finite at step {step}")
     path = folder / f"snapshot-{step:08d}.safetensors"
-    told = {**told, "step": str(step), "checksum": _checksum(tensors)}
+    told = {**told, "step": str(step)}
+    told["checksum"] = _checksum(tensors, told)
     try:
         with whole_file(path) as part:
             save_file(tensors, part, metadata=told)
@@ -83,7 +85,7 @@ def load_snapshot(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]] | No
         except (SafetensorError, OSError) as error:
             log.warning("%s: damaged (%s); falling back to the snapshot before", path, error)
             continue
-        if told.get("checksum") == _checksum(tensors):
+        if told and told.get("checksum") == _checksum(tensors, told):
             for damaged in paths[: paths.index(path)]:
                 damaged.unlink()
             return tensors, told

@@ -143,7 +143,7 @@ def _decode(data: bytes, place: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             array = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, TypeError) as error:
+    except (UnidentifiedImageError, OSError, TypeError, ValueError, SyntaxError) as error:  # all are Pillow's
         raise ValueError(f"{place}: not an image ({error})") from error
     if array.shape != (SIDE, SIDE, 3):
         raise ValueError(f"{place}: expected 32x32 RGB, got {array.shape[1]}x{array.shape[0]}")

@@ -61,7 +61,6 @@ def sweep_group_sizes(
         if size:
             voice.say(f"group size {size}: {single} of {gates} trees are one convolution over all channels")
         ordered = replace(order, model_args=model_args, resume=True)
-        _check_ended(folder, trained, ordered)
         left = time_budget - (time.monotonic() - started)
         if not train_entries({trained: folder}, ordered, data, left, world, voice):
             break
@@ -76,21 +75,6 @@ def _trees(name: str, model_args: dict[str, Any]) -> tuple[int, int]:
     with torch.device("meta"):
         gates = gates_of(timm.create_model(name, **model_args)).values()
     return len(gates), sum(len(gate.tree) == 1 for gate in gates)
-
-
-def _check_ended(folder: Path, name: str, order: Order) -> None:
-    """Sees that a run that has ended is the one ordered; `Run` itself looks at those that have not."""
-    path = folder / "record.json"
-    if not path.is_file():
-        return
-    record = read_record(path)
-    recipe = json.loads(json.dumps(asdict(order.recipe_on(ENTRIES[name].dataset.tag))))  # tuples become lists
-    wanted = {"entry": name, "seed": order.seed, "recipe": recipe, "model_args": order.model_args}
-    for key, value in wanted.items():
-        if getattr(record, key) != value:
-            raise ValueError(f"{folder} holds another run (its {key} differs); choose another --out")
-    if order.precision not in (None, record.precision):
-        raise ValueError(f"{folder} holds another run (its precision differs); choose another --out")
 
 
 def _swept(record: Record, size: int | None, gates: int, single: int) -> SweptSize:

@@ -22,7 +22,7 @@ from tamzoo.clock import Clock
 from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
-from tamzoo.journal import LOG_FIELDS, Journal
+from tamzoo.journal import LOG_FIELDS, Journal, hardware
 from tamzoo.learner import Learner, seed_of
 from tamzoo.progress import Moment, Watch, unwatched
 from tamzoo.recipes import Recipe
@@ -109,6 +109,7 @@ class Run:
                 seed=seed,
                 precision=precision,
                 resume=resume,
+                hardware=hardware(self.device, self.world.size),
                 model_args=self.model_args,
                 start=self.start.sha256 if self.start else None,
             )

@@ -54,7 +54,8 @@ def write_cards(
     """(Re)writes the rendered files of every entry's folder under `root` and returns those that changed.
 
     Args:
-        draw: Draws the gates into a file where a record has gates and `gates.png` is not there.
+        draw: Draws the gates into a file where a record has gates and `gates.png` is not there, or
+            config.json told of other weights.
         draw_analysis: Draws an analysis into its folder where one of its pictures is not there.
     Raises:
         ValueError: a trained entry's folder lacks its weights or record.
@@ -78,7 +79,8 @@ def write_cards(
         ):
             changed += draw_analysis(analysis, folder)
         picture = folder / "gates.png"
-        if draw and record and record.gates and not picture.exists():
+        stale = not picture.exists() or folder / "config.json" in changed
+        if draw and record and record.gates and stale:
             draw(record.gates, picture)
             changed.append(picture)
     return changed

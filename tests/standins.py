@@ -1,5 +1,7 @@
-"""Stand-ins for trained entries: random weights with a record, laid out as the zoo's own."""
+"""Stand-ins: trained entries with random weights, laid out as the zoo's own; a disk that is full."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -98,3 +100,19 @@ def _make(root: Path, name: str, seed: int) -> Entry:
     (folder / "log.csv").write_text("epoch,lr\n1,0.1\n")
     write_cards(root, [entry], draw)
     return entry
+
+
+@contextmanager
+def full_disk(size: int = 100_000) -> Iterator[None]:
+    """No file can grow over so many bytes: the operating system's own refusal, here a full disk's."""
+    import resource
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

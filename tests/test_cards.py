@@ -149,6 +149,17 @@ def test_a_trained_folder_loads_with_gates_and_golden_logits(tmp_path):
     assert json.loads(text)["golden_logits"] == [1.0]
 
 
+def test_the_picture_of_the_gates_follows_the_weights(tmp_path):
+    entry, drawn = stand_in(tmp_path), []
+    write_cards(tmp_path, [entry], lambda gates, path: drawn.append(path))
+    assert drawn == []
+    other = stand_in(tmp_path / "other", seed=1)
+    for path in ("model.safetensors", "record.json"):
+        (tmp_path / "other" / entry.name / path).replace(tmp_path / entry.name / path)
+    write_cards(tmp_path, [other], lambda gates, path: drawn.append(path))
+    assert drawn == [tmp_path / other.name / "gates.png"]
+
+
 @pytest.mark.parametrize(
     ("path", "change", "problem"),
     [

@@ -297,6 +297,20 @@ def test_a_damaged_file_is_named(tmp_path, tag, kind, file, message):
         load_split(tmp_path, small.dataset, "train")
 
 
+@pytest.mark.parametrize("at", [8, 33])  # the length of the first chunk, and of the second
+def test_a_damaged_picture_in_a_shard_is_named(tmp_path, at):
+    from pyarrow import parquet, table
+
+    small, name = Small("cifar10"), "train-00001-of-00002.parquet"
+    rows = parquet.read_table(small.parquet(tmp_path) / name).to_pylist()
+    picture = bytearray(rows[2][small.dataset.image_column]["bytes"])
+    picture[at + 3] = 10
+    rows[2][small.dataset.image_column]["bytes"] = bytes(picture)
+    parquet.write_table(table({key: [row[key] for row in rows] for key in rows[0]}), tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}, image 2: not an image"):
+        load_split(tmp_path, small.dataset, "train")
+
+
 def test_a_pickle_of_something_else_is_refused(tmp_path):
     file = Small("cifar100").python(tmp_path) / "cifar-100-python" / "train"
     for content, told in [

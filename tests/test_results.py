@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import sha256_of
 from tamzoo.records import Record, read_record
 from tamzoo.registry import entry_folder
-from tamzoo.results import README_MARKS, record_of, result_row, results_csv, with_results
+from tamzoo.results import README_MARKS, record_of, result_row, results_csv, with_results, write_results
+from tests.standins import full_disk
 
 ROOT = Path(__file__).parent.parent
 TRAINED = [entry for entry in ENTRIES.values() if entry.trained]
@@ -31,6 +33,16 @@ def test_a_row_counts_the_epochs_of_all_runs_that_made_the_weights(monkeypatch):
     row, name = result_row(TRAINED[0]), record.recipe["name"]
     assert (row["epochs"], row["recipe"]) == (8, f"{name} + {name}")
     assert Record.from_json(chain.to_json()) == chain
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of file size are POSIX's")
+def test_a_full_disk_leaves_the_readme_whole(tmp_path):
+    start, end = README_MARKS
+    before = f"before {start} old {end} after"
+    (tmp_path / "README.md").write_text(before)
+    with full_disk(100), pytest.raises(OSError, match="cannot write .*README.md"):
+        write_results(tmp_path)
+    assert (tmp_path / "README.md").read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_readmes_table_comes_from_them_too():

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
 from tamzoo.weights import Trained
+from tests.standins import a_record, full_disk
 from tests.tiny_runs import ENTRY, RECIPE, random_split, tiny_run
 
 CPU = World(device=torch.device("cpu"))
@@ -208,14 +208,31 @@ def test_a_run_that_is_there_is_not_overwritten(tmp_path):
         tiny_run(tmp_path / "new", precision="half")
 
 
-def test_the_commit_is_told_when_the_run_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "first")
+def test_a_run_that_ended_is_not_overwritten(alone, tmp_path):
+    for name in ("record.json", "log.csv", "model.safetensors"):  # as a row of the zoo has them
+        shutil.copyfile(alone / name, tmp_path / name)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a run that has ended; choose another --out"):
+            tiny_run(tmp_path, resume=resume)
+    assert (tmp_path / "log.csv").read_bytes() == (alone / "log.csv").read_bytes()
+
+
+def test_what_ran_is_told_when_each_session_starts(tmp_path, monkeypatch):
+    machine = {"commit_here": "first", "versions": {"torch": "2", "timm": "1"}}
+    for name, value in machine.items():
+        monkeypatch.setattr(f"tamzoo.journal.{name}", lambda value=value: value)
+    monkeypatch.setattr("tamzoo.train.hardware", lambda device, processes: "an H100")
     tiny_run(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["commits"] == ["first"]
+    tiny_run(tmp_path, resume=True)
     monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "second")
+    monkeypatch.setattr("tamzoo.journal.versions", lambda: {"torch": "3", "timm": "1"})
+    monkeypatch.setattr("tamzoo.train.hardware", lambda device, processes: "an H200")
     run = tiny_run(tmp_path, resume=True, recipe=RECIPE)
     run.train()
-    assert finish(run).commit == "first, second"
+    record = finish(run)
+    assert (record.commit, record.hardware) == ("first, second", "an H100; an H200")
+    assert record.versions == {"torch": "2, 3", "timm": "1"}
 
 
 @pytest.fixture
@@ -241,7 +258,17 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit, lambda path: path.write_bytes(b"")])
+def tell_another_step(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"step":"5"', b'"step":"7"'))
+
+
+def tell_no_step(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"step":', b'"stop":'))
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flip_a_bit, tell_another_step, tell_no_step, lambda path: path.write_bytes(b"")]
+)
 def test_a_damaged_snapshot_falls_back_to_the_one_before(stopped, alone, damage, caplog):
     damage(stopped / "snapshot-00000005.safetensors")
     run = tiny_run(stopped, resume=True)
@@ -258,22 +285,6 @@ def test_without_a_whole_snapshot_nothing_is_guessed(stopped):
         cut(path)
     with pytest.raises(ValueError, match="none of its 2 snapshots is whole; delete it to start again"):
         tiny_run(stopped, resume=True)
-
-
-@contextmanager
-def full_disk():
-    """No file can grow over 100 kB: the operating system's own refusal, here in place of a full disk's."""
-    import resource
-    import signal
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of file size are POSIX's")
@@ -451,7 +462,11 @@ def test_the_queue_has_the_stated_order(tmp_path):
     left = [name for name in QUEUE if (trained := ENTRIES[name].trained) is None or trained.recipe != "short"]
     assert waiting(tmp_path) == left
     (tmp_path / left[0]).mkdir()
-    (tmp_path / left[0] / "record.json").touch()
+    record, entry = tmp_path / left[0] / "record.json", ENTRIES[left[0]]
+    for other in (a_record(entry, recipe="short-cpu"), a_record(ENTRIES[left[1]])):
+        record.write_text(other.to_json())
+        assert waiting(tmp_path) == left
+    record.write_text(a_record(entry).to_json())
     assert waiting(tmp_path) == left[1:]
     assert waiting(tmp_path, only="*_se.*") == [name for name in left[1:] if "_se." in name]
     assert train_entries({}, Order(), tmp_path, math.inf, CPU, SILENT)
@@ -495,6 +510,18 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
         train_entries({names[0]: folders[names[0]]}, replace(order, resume=False), small_data, 9, CPU, SILENT)
     with pytest.raises(ValueError, match=r"no entry .resnet20_tamm.cifar10.; nearest: resnet20_tam.cifar10"):
         train_entries({"resnet20_tamm.cifar10": small_data}, order, small_data, 9, CPU, SILENT)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"seed": 1}, "seed"), ({"epochs": 2}, "recipe"), ({"recipe": "paper"}, "recipe"), ({}, "entry")],
+)
+def test_a_finished_run_of_another_order_is_not_called_done(small_data, change, told):
+    name, order = "resnet20_tam.cifar10", Order(recipe="short", epochs=1, resume=True)
+    assert train_entries({name: small_data / "out"}, order, small_data, math.inf, CPU, SILENT)
+    other = name if change else "resnet20_se.cifar10"
+    with pytest.raises(ValueError, match=rf"out holds another run \(its {told} differs\); choose another"):
+        train_entries({other: small_data / "out"}, replace(order, **change), small_data, 9, CPU, SILENT)
 
 
 def test_a_failing_entry_does_not_stop_the_queue(small_data):
