@@ -1,6 +1,6 @@
 """ResNet and ResNeXt with an attention in every residual branch; 32- and 224-pixel stems."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from timm.models import resnet
@@ -16,8 +16,9 @@ class GatedBlock:
     """A residual block that can absorb a static gate into the affine layer right before it."""
 
     last_affine: ClassVar[str]
-    se: nn.Module | None  # the attention, under the name that timm gives it
-    training: bool
+    if TYPE_CHECKING:  # torch.jit.script would take them for its own
+        se: nn.Module | None  # the attention, under the name that timm gives it
+        training: bool
 
     def reparameterize(self, tolerance: float = GATE_TOLERANCE) -> str | None:
         """Folds the measured gate into the layer before it and removes the attention, in place.

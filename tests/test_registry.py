@@ -150,6 +150,13 @@ def test_checkpointed_gradients_equal_plain_ones(name, layout):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_plain_resnet_can_be_scripted():
+    model = timm.create_model("resnet20_plain").eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_a_saved_model_loads_from_a_directory(tmp_path):
     model = timm.create_model("resnet20_tam.cifar10", num_classes=4).eval()
     model.layer1[0].se.measured_gate.copy_(torch.tensor([0.4, 0.39, 0.41]))
