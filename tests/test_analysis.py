@@ -154,7 +154,7 @@ def test_a_card_shows_the_pictures_and_a_missing_one_is_found_out(found, tmp_pat
     text = (folder / "README.md").read_text()
     for name in found.figures:
         assert text.count(f"]({name}.png)") == 1
-    assert "Not compared with plain: no weights yet." in text
+    assert "Not compared with plain: these had no weights then." in text
     (staged := tmp_path / "staged").mkdir()
     files = stage(entry, folder, staged).files
     assert {ANALYSIS, *(f"{name}.png" for name in found.figures)} <= files.keys()

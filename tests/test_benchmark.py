@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from export import benchmark
+from export import benchmark, gate_study
 from export.benchmark_infer import check_load, describe, markdown
 from tamzoo.fold import FoldReport
 from tamzoo.records import Timing
@@ -119,3 +119,10 @@ def test_the_table_has_a_row_a_program():
         "|---|---|---|---|---|",
         "| plain | 2.00 ms | 1.00 (1.00 to 1.00) | 2.00 ms | 1.00 (1.00 to 1.00) |",
     ]
+
+
+def test_a_study_that_was_not_run_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gate_study", "show", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        gate_study.main()
+    assert stop.value.code == 2 and "expected the CSV files of a study, found none" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
 from tamzoo.images import PICTURES
+from tamzoo.results import record_of
 from tests.conftest import refused
 
 
@@ -25,6 +26,9 @@ def test_list_shows_every_row_and_patterns_narrow_it(tamzoo):
     assert code == 0 and all(name in out for name in ENTRIES)
     code, out, _ = tamzoo("list", "resnet50*.svhn")
     assert code == 0 and "resnet50_tam.svhn" in out and "cifar" not in out
+    record = record_of(ENTRIES["resnet18_tam.cifar10"])
+    code, out, _ = tamzoo("list", "resnet18_tam.cifar10")  # all epochs, where one run began with another
+    assert record and f"{record.total_epochs} │     yes" in out
     code, out, _ = tamzoo("list", "--all", "wrn28_10*")
     assert code == 0 and len(out.split()) == 5 * 4
     code, out, err = tamzoo("list", "vgg*")
