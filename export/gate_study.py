@@ -192,7 +192,10 @@ def main() -> None:
     commands.add_parser("show").add_argument("out", type=Path)
     options = parser.parse_args()
     with one_sentence():
-        show(options.out) if options.command == "show" else run_all(options)
+        if options.command == "show":
+            show(options.out)
+        else:
+            run_all(options)
 
 
 def run_all(options: argparse.Namespace) -> None:
