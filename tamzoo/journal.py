@@ -53,23 +53,19 @@ class Journal:
         self._writer: Any = None
         self._late: list[dict[str, float]] = []  # rows not yet written
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = {
-            "entry": entry,
-            "seed": seed,
-            "precision": precision,
-            "recipe": asdict(recipe),
-            "model_args": model_args,
-            "start": start,
-        }
-        wanted = json.loads(json.dumps(wanted))  # tuples become lists
+        wanted = identity(
+            entry=entry,
+            recipe=asdict(recipe),
+            seed=seed,
+            precision=precision,
+            model_args=model_args,
+            start=start,
+        )
         path = folder / "run.json"
         if not path.exists() and (folder / "record.json").exists():
             raise ValueError(f"{folder} holds a run that has ended; choose another --out")
         found = _read_run(path) if path.exists() else wanted | {key: [] for key in SESSIONS}
-        for key, value in wanted.items():
-            if found.get(key) != value:
-                told = found.get(key) if key != "recipe" else "another recipe"
-                raise ValueError(f"{folder} holds another run ({key}: {told}); choose another --out")
+        check_same_run(folder, found, wanted)
         if path.exists() and not resume:
             raise ValueError(
                 f"{folder} holds a run of {entry}; pass --resume to go on, or choose another --out"
@@ -133,6 +129,43 @@ class Journal:
         self._writer = None
 
 
+def identity(
+    *,
+    entry: str,
+    recipe: dict[str, Any],
+    seed: int,
+    precision: str,
+    model_args: dict[str, Any],
+    start: str | None,
+) -> dict[str, Any]:
+    """What makes two runs the same, as JSON holds it."""
+    found = {
+        "entry": entry,
+        "seed": seed,
+        "precision": precision,
+        "recipe": recipe,
+        "model_args": model_args,
+        "start": start,
+    }
+    return json.loads(json.dumps(found))  # tuples become lists
+
+
+def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Compares the identity of the run in a folder with that of the run that is wanted.
+
+    Raises:
+        ValueError: they differ; names the first thing that does.
+    """
+    for key, value in wanted.items():
+        theirs = found[key]
+        if theirs == value:
+            continue
+        if key == "recipe":
+            field = next(field for field in value | theirs if theirs.get(field) != value.get(field))
+            key, theirs, value = f"recipe's {field}", theirs.get(field), value.get(field)
+        raise ValueError(f"{folder} holds another run ({key}: {theirs}, not {value}); choose another --out")
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -142,9 +175,10 @@ def _read_run(path: Path) -> dict[str, Any]:
             "hardware": [],
             "versions": [],
         } | found  # early runs had none
-        for key in SESSIONS:
-            if not isinstance(found[key], list):
-                raise TypeError(f"{key} is no list")
+        kinds = {"entry": str, "seed": int, "precision": str, "recipe": dict, **dict.fromkeys(SESSIONS, list)}
+        for key, kind in kinds.items():
+            if not isinstance(found[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
         return found
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the description of a run ({error}); choose another --out") from error

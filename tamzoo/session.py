@@ -1,7 +1,6 @@
 """One session of training: entries one after another, until they are done or the time is up."""
 
 import difflib
-import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
@@ -13,6 +12,7 @@ from tamzoo.checkpoint import read_finished
 from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.finish import finish
+from tamzoo.journal import check_same_run, identity
 from tamzoo.progress import Voice
 from tamzoo.recipes import Recipe, recipe_for
 from tamzoo.records import read_record
@@ -130,18 +130,16 @@ def train_entries(
 def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
     """Sees that a run that has ended is the one ordered; `Run` itself looks at those that have not."""
     record = read_record(folder / "record.json")
-    start = read_finished(order.start).sha256 if order.start else None
-    wanted = {
-        "entry": (record.entry, name),
-        "seed": (record.seed, order.seed),
-        "recipe": (record.recipe, json.loads(json.dumps(asdict(order.recipe_on(ENTRIES[name].dataset.tag))))),
-        "model arguments": (record.model_args, order.model_args),
-        "precision": (record.precision, order.precision or record.precision),
-        "initial checkpoint": (record.start.sha256 if record.start else None, start),
-    }
-    for what, (found, ordered) in wanted.items():
-        if found != ordered:
-            raise ValueError(f"{folder} holds another run (its {what} differs); choose another --out")
+    found = asdict(record) | {"start": record.start.sha256 if record.start else None}
+    wanted = identity(
+        entry=name,
+        recipe=asdict(order.recipe_on(ENTRIES[name].dataset.tag)),
+        seed=order.seed,
+        precision=order.precision or record.precision,
+        model_args=order.model_args,
+        start=read_finished(order.start).sha256 if order.start else None,
+    )
+    check_same_run(folder, found, wanted)
     voice.say(f"{name}: done, top-1 error {record.score.top1_error:.2f} %")
 
 

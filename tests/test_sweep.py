@@ -84,9 +84,9 @@ def test_the_network_without_attention_is_trained_alike(sweep, tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"epochs": 2}, "its recipe differs"),
-        ({"seed": 1}, "its seed"),
-        ({"precision": "bfloat16"}, "its precision"),
+        ({"epochs": 2}, "recipe's epochs"),
+        ({"seed": 1}, "seed: 0, not 1"),
+        ({"precision": "bfloat16"}, "precision: float32, not bfloat16"),
     ],
 )
 def test_a_run_of_another_order_is_not_counted(sweep, change, told):

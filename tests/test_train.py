@@ -194,16 +194,18 @@ def test_a_run_that_is_there_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match=r"holds a run of resnet20_tam.cifar10; pass --resume to go on, or"):
         tiny_run(tmp_path)
     for options, message in [
-        ({"seed": 3}, "another run (seed: 0)"),
-        ({"precision": "bfloat16"}, "another run (precision: float32)"),
-        ({"recipe": replace(RECIPE, lr=1.0)}, "another run (recipe: another recipe)"),
+        ({"seed": 3}, "another run (seed: 0, not 3)"),
+        ({"precision": "bfloat16"}, "another run (precision: float32, not bfloat16)"),
+        ({"recipe": replace(RECIPE, lr=1.0)}, f"another run (recipe's lr: {RECIPE.lr}, not 1.0)"),
     ]:
         with pytest.raises(ValueError) as error:
             tiny_run(tmp_path, resume=True, **options)
         assert message in str(error.value)
-    (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(ValueError, match="not the description of a run"):
-        tiny_run(tmp_path, resume=True)
+    run = json.loads((tmp_path / "run.json").read_text())
+    for damaged in ([], {}, run | {"recipe": None}, run | {"commits": 1}):
+        (tmp_path / "run.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="not the description of a run"):
+            tiny_run(tmp_path, resume=True)
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
         tiny_run(tmp_path / "new", precision="half")
 
@@ -514,13 +516,18 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"seed": 1}, "seed"), ({"epochs": 2}, "recipe"), ({"recipe": "paper"}, "recipe"), ({}, "entry")],
+    [
+        ({"seed": 1}, "seed: 0, not 1"),
+        ({"epochs": 2}, "recipe's epochs: 1, not 2"),
+        ({"recipe": "paper"}, "recipe's name: short, not paper"),
+        ({}, "entry: resnet20_tam.cifar10, not resnet20_se.cifar10"),
+    ],
 )
 def test_a_finished_run_of_another_order_is_not_called_done(small_data, change, told):
     name, order = "resnet20_tam.cifar10", Order(recipe="short", epochs=1, resume=True)
     assert train_entries({name: small_data / "out"}, order, small_data, math.inf, CPU, SILENT)
     other = name if change else "resnet20_se.cifar10"
-    with pytest.raises(ValueError, match=rf"out holds another run \(its {told} differs\); choose another"):
+    with pytest.raises(ValueError, match=rf"out holds another run \({told}\); choose another --out"):
         train_entries({other: small_data / "out"}, replace(order, **change), small_data, 9, CPU, SILENT)
 
 
