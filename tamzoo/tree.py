@@ -40,11 +40,11 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
 
     It costs a BatchNorm's forward pass, and gives x to the last bit.
     """
-    node: Any = x.grad_fn  # None of a leaf; anything done to x in place makes another node of it
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return nullcontext()
+        return nullcontext()  # a compiled graph chooses for itself what it keeps, and breaks at x.grad_fn
     if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore
         return nullcontext()  # another's, and checkpointing's give a tensor only once
+    node: Any = x.grad_fn  # None of a leaf; anything done to x in place makes another node of it
     if node is None or node.name() != "NativeBatchNormBackward0" or not node._saved_training:
         return nullcontext()
     bias = node.next_functions[2][0]

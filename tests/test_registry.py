@@ -134,6 +134,18 @@ def test_compiling_finds_one_graph(name):
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
+def test_compiling_a_training_step_finds_one_graph(name):
+    model = timm.create_model(name).to(memory_format=torch.channels_last).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    wanted = torch.autograd.grad(model(x).square().sum(), parameters)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["wrn10_4_tam", "resnet20_tam"])
 def test_checkpointed_gradients_equal_plain_ones(name, layout):

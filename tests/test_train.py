@@ -397,6 +397,7 @@ def test_no_step_waits_for_the_device(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_step_on_cuda_waits_for_the_device(tmp_path):
     device = torch.device("cuda")
     from tamzoo.train import Run
