@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from export import benchmark_infer
 from tamzoo.allocator import keep_freed_memory
 from tamzoo.attention import TAM
+from tamzoo.catalogue import BACKBONES
+from tamzoo.datasets import DATASETS
 from tamzoo.learner import set_cudnn
 from tamzoo.terminal import one_sentence
 
@@ -123,8 +125,14 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
     """A table of COLUMNS, one row a variant; and, where `options.kernels` asks for it, each one's kernels.
 
     Raises:
+        ValueError: no such device, or counts below their least.
         RuntimeError: a variant's process died; its own message is on stderr.
     """
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: torch {torch.__version__} finds no CUDA device here")
+    for name, least in {"batch": 1, "rounds": 1, "warmup": 0, "threads": 0, "kernels": 0}.items():
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
     context, pipes = multiprocessing.get_context("spawn"), {}
     for variant in options.variants:
         pipes[variant], end = context.Pipe()
@@ -184,7 +192,8 @@ def main() -> None:
     command = commands.add_parser("train", description=__doc__)
     command.set_defaults(run=print_training)
     for name, default in DEFAULTS.items():
-        command.add_argument(f"--{name}", type=type(default), default=default)
+        choices = {"model": BACKBONES, "tag": DATASETS}.get(name)
+        command.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
     command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     command.add_argument("--format", choices=FORMATS, default="channels_last")

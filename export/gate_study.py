@@ -74,6 +74,9 @@ class Observation:
     changed_top1: int  # of as many images as the gates were measured on
 
 
+COLUMNS = (*(field.name for field in fields(Observation)), "error", "error_folded")
+
+
 def observe(model: nn.Module, setting: str, epoch: int, images: Tensor) -> list[Observation]:
     """Every gate of a model in eval mode on (n, c, h, w) images, and the cost of folding it alone."""
     found, measured = [], measure_gates(model, images)
@@ -128,7 +131,7 @@ def run(setting: Setting, train: Split, test: Split, options: argparse.Namespace
     model = trainer.learner.model.eval()
     folded = reparameterize_model(model, measure_gates(model, images), tolerance=EVERYTHING)
     errors = [evaluate(each, test, entry.dataset).top1_error for each in (model, folded)]
-    lines = [",".join(field.name for field in fields(Observation)) + ",error,error_folded"]
+    lines = [",".join(COLUMNS)]
     lines += [",".join(map(str, (*astuple(each), *errors))) for each in observations]
     write_whole(options.out / f"{setting.name}.csv", "\n".join(lines) + "\n")
 
@@ -137,14 +140,17 @@ def rows_of(folder: Path) -> Iterator[dict[str, str]]:
     """All observations in a folder.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a file is no such table.
     """
     paths = sorted(folder.glob("*.csv"))
     if not paths:
         raise ValueError(f"{folder}: expected the CSV files of a study, found none; run it first")
     for path in paths:
         with path.open(newline="") as file:
-            yield from csv.DictReader(file)
+            rows = list(csv.DictReader(file))
+        if not rows or any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
+            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; remove it and run again")
+        yield from rows
 
 
 def show(folder: Path) -> None:
@@ -199,7 +205,13 @@ def main() -> None:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Trains and measures the settings that have no table yet."""
+    """Trains and measures the settings that have no table yet.
+
+    Raises:
+        ValueError: too few images or epochs.
+    """
+    if options.images < 2 or options.train_images < 1 or options.epochs < 1:
+        raise ValueError("expected --images of at least 2, and --train-images and --epochs of at least 1")
     dataset = ENTRIES["resnet20_tam.cifar10"].dataset
     whole, test = (load_split(options.data, dataset, split) for split in ("train", "test"))
     few = slice(options.train_images)

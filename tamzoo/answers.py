@@ -15,7 +15,7 @@ from PIL import Image
 
 from tamzoo.images import decode_picture, open_picture
 from tamzoo.parts import Batch, Part, batches_of
-from tamzoo.predict import BATCH, Classifier
+from tamzoo.predict import BATCH, NO_PROBABILITIES, Classifier
 from tamzoo.progress import Counted, Progress, silent
 from tamzoo.shards import Row
 
@@ -66,7 +66,7 @@ def schema() -> Any:
 
 
 def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
-    """The `top` likeliest classes of each row; one without a usable picture gets an error instead."""
+    """The `top` likeliest classes of each row; one without a usable picture or answer gets an error."""
     import pyarrow as pa
 
     _, h, w = classifier.input_size
@@ -87,6 +87,9 @@ def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
     began = time.perf_counter()
     indices, probabilities = classifier.best(pixels[:n], top) if n else np.empty((2, 0, 1))
     model_s = time.perf_counter() - began
+    for index, place in enumerate(places):
+        if place is not None and np.isnan(probabilities[place]).any():
+            errors[index], places[index] = _utf8(f"{rows[index][0]}: {NO_PROBABILITIES}"), None
     ranked = _ranked(classifier, indices.ravel(), probabilities.ravel())
     starts = np.arange(n + 1, dtype=np.int32) * indices.shape[1]
     columns = (*ranked.take(starts[:n]).flatten(), pa.ListArray.from_arrays(starts, ranked))

@@ -100,6 +100,8 @@ class ResNet(resnet.ResNet):
     """
 
     def __init__(self, *args: Any, stem: str = "7x7", stem_width: int = 64, **kwargs: Any) -> None:
+        if stem == "3x3" and "output_stride" in kwargs:  # timm counts the 7x7 stem's stride of 4
+            kwargs["output_stride"] = min(4 * kwargs["output_stride"], 32)
         # of timm's stems only the deep one can be narrower than 64; its convolutions are replaced
         super().__init__(*args, stem_type="deep", stem_width=stem_width // 2, **kwargs)
         made = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}

@@ -31,10 +31,11 @@ def export(
     """Fold a model and write one file that was checked against it."""
     from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.catalogue import ENTRIES
-    from tamzoo.checkpoint import sha256_of
+    from tamzoo.checkpoint import check_output_file, sha256_of
     from tamzoo.deploy import PARITY_IMAGES, deployment
     from tamzoo.program_export import exporter_for
 
+    check_output_file(output)
     write = exporter_for(output)
     model, full, dataset = load_model(name, weights)
     trained = ENTRIES[full].trained if full in ENTRIES else None

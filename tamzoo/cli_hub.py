@@ -78,10 +78,12 @@ def verify(
     api, owner, bad = HfApi(), owner or HUB_OWNER, 0
     for entry in _chosen(names, every):
         found = {}
-        if hub.CARDS is not None and (hub.CARDS / entry.name).is_dir():
+        if hub.CARDS is not None and (hub.CLONED or (hub.CARDS / entry.name).is_dir()):
             found["here"] = verify_folder(entry, hub.CARDS / entry.name)
         if remote and entry.trained:
             found[f"{owner}/{entry.name}"] = verify_remote(entry, api, owner)
+        if not (found or every):
+            found["nowhere"] = ["nothing to check: this installation has no folder of it"]
         for place, problems in found.items():
             print(f"{entry.name}: {place}: {'; '.join(problems) or 'right'}", flush=True)
         bad += any(found.values())

@@ -89,6 +89,9 @@ def _print_answers(given: list[str], load: Load, top: int, as_json: bool) -> Non
     from tamzoo.images import picture_paths
     from tamzoo.predict import predict as classify
 
+    for each in given:
+        if each.endswith(".parquet") or (set(each) & set("*?[") and not Path(each).exists()):
+            raise ValueError(f"{each}: globs and parquet files need an output; pass --out FILE.parquet too")
     paths = picture_paths(map(Path, given))
     answers = classify(load(0), paths, top, bar)
     if as_json:

@@ -46,6 +46,8 @@ def train(
 
     if (name is None) != queue:
         raise ValueError("pass either the name of an entry or --queue")
+    if only != "*" and not queue:
+        raise ValueError("--only chooses from the queue: pass --queue too")
     if queue and initial_checkpoint:
         raise ValueError("--initial-checkpoint is of one entry: pass its name in place of --queue")
     order = Order(
@@ -111,7 +113,9 @@ def plot(
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture: .png, .svg or .pdf.")],
 ) -> None:
     """Draw test error against epoch, a line a run."""
+    from tamzoo.checkpoint import check_output_file
     from tamzoo.plots import plot_error
 
+    check_output_file(out)
     plot_error(runs, out)
     print(out)

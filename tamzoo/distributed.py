@@ -70,13 +70,19 @@ def join() -> Iterator[World]:
     """The world that torchrun describes in the environment, a world of one without it.
 
     Raises:
-        ValueError: more ranks on this machine than CUDA devices.
+        ValueError: an environment that torchrun did not make; more ranks on this machine than CUDA devices.
     """
     cuda = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield World(device=torch.device("cuda" if cuda else "cpu"))
         return
-    local = int(os.environ["LOCAL_RANK"])
+    told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    if wrong := [name for name, value in told.items() if not value.isdecimal()]:
+        raise ValueError(
+            f"WORLD_SIZE is {told['WORLD_SIZE']!r}, but {wrong[0]} is {told[wrong[0]]!r}, not a number; "
+            "start several processes with torchrun, or unset WORLD_SIZE"
+        )
+    local = int(told["LOCAL_RANK"])
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(
             f"rank {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "

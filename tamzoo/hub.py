@@ -1,6 +1,7 @@
 """Weights from the clone, the Hub's cache or the Hub, checked against the catalogue."""
 
 import hashlib
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
@@ -18,11 +19,14 @@ from huggingface_hub.errors import (
 from tamzoo.catalogue import Entry
 from tamzoo.checkpoint import WEIGHTS, check_weights_file, sha256_of
 
+_STRANGE = (FileMetadataError, JSONDecodeError, KeyError, TypeError)  # of answers that are not a Hub's
+HUB_ERRORS = (HTTPError, OSError, ValueError, EntryNotFoundError, *_STRANGE)
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 _PACKAGE = Path(__file__).parent
 CARDS = next(
     (path for path in (_PACKAGE / "model_cards", _PACKAGE.parent / "model_cards") if path.is_dir()), None
 )
+CLONED = CARDS is not None and CARDS.parent != _PACKAGE  # every entry has its folder; a wheel has a few
 
 
 def entry_folder(name: str) -> Path | None:
@@ -75,7 +79,7 @@ def fetch_weights(
                 library_name="tamzoo",
                 force_download=again,  # replaces the file only when the new one is whole
             )
-        except (HTTPError, OSError, ValueError, EntryNotFoundError) as error:
+        except HUB_ERRORS as error:
             reason = explain(error, entry.hub_id, revision, endpoint)
             state = "its cached weights are damaged, and " if damaged else ""
             raise OSError(f"{entry.name}: {state}{reason}") from error
@@ -114,7 +118,7 @@ def explain(error: BaseException, repo: str, revision: str | None = None, endpoi
         f"check its owner (TAMZOO_HUB_OWNER) and {LOGIN}",
         RevisionNotFoundError: f"{repo} has no revision {revision or 'main'}; update tamzoo",
         LocalTokenNotFoundError: f"no token was found; {LOGIN}",
-        FileMetadataError: f"{endpoint} does not answer as a Hub; check HF_ENDPOINT and the proxy",
+        _STRANGE: f"{endpoint} does not answer as a Hub; check HF_ENDPOINT and the proxy",
     }.items():
         if isinstance(cause, kind):
             return text

@@ -79,7 +79,7 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
 
 
 def picture_paths(given: Iterable[Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them, sorted.
+    """Files as they are, folders as the pictures in them, sorted; hidden files are left out.
 
     Raises:
         ValueError: a folder without a picture.
@@ -87,7 +87,11 @@ def picture_paths(given: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+            )
             if not inside:
                 raise ValueError(
                     f"{path}: a folder without a picture; expected .jpg, .png, .webp or another image file"

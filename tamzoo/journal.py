@@ -30,7 +30,7 @@ class Journal:
         hardware: What trains in this session.
         start: SHA-256 of the weights that the run begins with; None for random ones.
     Raises:
-        ValueError: the folder holds another run; or this one, and `resume` is not set.
+        ValueError: the folder holds another run; or this one, and `resume` is not set; or it is a file.
 
     Attributes:
         commit, hardware, versions: Of all sessions of the run.
@@ -52,6 +52,8 @@ class Journal:
         self.folder = folder
         self._writer: Any = None
         self._late: list[dict[str, float]] = []  # rows not yet written
+        if folder.is_file():
+            raise ValueError(f"{folder}: expected a folder for the run, found a file; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         wanted = identity(
             entry=entry,

@@ -19,6 +19,7 @@ from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.recipes import Recipe
 
+MOST_SEED = 2**31 - 1  # `seed_of` makes 64-bit numbers of it
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -36,7 +37,7 @@ class Learner:
         model_args: Of the model, beyond the entry's own.
         start: Weights to begin with, in place of random ones.
     Raises:
-        ValueError: no such precision; or `start` is not of this model.
+        ValueError: no such precision or seed; or `start` is not of this model.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Learner:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if not 0 <= seed <= MOST_SEED:
+            raise ValueError(f"seed must be from 0 to {MOST_SEED}, got {seed}")
         self.recipe, self.dataset, self.seed, self.world = recipe, entry.dataset, seed, world
         self._dtype = PRECISIONS[precision]
         torch.manual_seed(seed)

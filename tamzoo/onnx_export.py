@@ -105,7 +105,7 @@ def metadata_of(session: Any) -> dict[str, Any]:
     """What an export of ours tells about itself: texts as they are, JSON lists and objects decoded.
 
     Raises:
-        ValueError: the file is not one of ours; names what is missing.
+        ValueError: the file is not one of ours, and what is missing; or its metadata are damaged.
     """
     found = session.get_modelmeta().custom_metadata_map
     missing = {"entry", "labels", "mean", "std", "input_size", "input"} - found.keys()
@@ -115,7 +115,12 @@ def metadata_of(session: Any) -> dict[str, Any]:
             "tamzoo predict takes --mean R G B, --std R G B and --labels FILE in their place"
         )
     encoded = ("[", "{", "null")  # other values are texts, which are stored as they are
-    return {key: json.loads(value) if value.startswith(encoded) else value for key, value in found.items()}
+    try:
+        return {
+            key: json.loads(value) if value.startswith(encoded) else value for key, value in found.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"this ONNX file's metadata are damaged ({error}); export it again") from error
 
 
 def export_entry(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tamzoo.progress import Progress, silent
 
 BATCH = 64  # pictures a forward pass
 PROBE = 3  # pictures of the run that shows a graph's classes; exporters bake in a batch of 1 or 2
+NO_PROBABILITIES = "the model's logits for it hold NaN or infinity; check the model's weights"
 Triple = tuple[float, float, float]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
@@ -55,7 +57,8 @@ class Classifier:
         """The likeliest classes of uint8 (n, h, w, 3) pixels, best first, and their softmax probabilities.
 
         Returns:
-            Indices and probabilities, each (n, k), k the smaller of `top` and the number of classes.
+            Indices and probabilities, each (n, k), k the smaller of `top` and the number of classes; NaN
+            where the logits are no numbers.
         """
         logits = torch.from_numpy(self.run(pixels if self.raw else self._normalised(pixels)))
         found = logits.float().softmax(1).topk(min(top, logits.shape[1]), dim=1)
@@ -104,9 +107,10 @@ def onnx_classifier(session: Any, metadata: dict[str, Any], name: str = "the ONN
         metadata: What `metadata_of` one of our files tells, or the same keys from elsewhere.
         name: What the file is called in a message.
     Raises:
-        ValueError: the graph takes other inputs than the metadata say, has another number of classes, or
-            does not run on a batch of any size.
+        ValueError: the metadata are damaged; the graph takes other inputs than they say, has another number
+            of classes, or does not run on a batch of any size.
     """
+    _check_metadata(metadata, name)
     size, raw = _input_of(session)
     told = tuple(metadata["input_size"])
     if told != size or raw != metadata["input"].startswith("uint8"):
@@ -137,6 +141,38 @@ def onnx_classifier(session: Any, metadata: dict[str, Any], name: str = "the ONN
         crop_pct=float(metadata.get("crop_pct", 1.0)),  # not told by files of old
         raw=raw,
     )
+
+
+def _check_metadata(metadata: dict[str, Any], name: str) -> None:
+    labels, std = metadata["labels"], metadata["std"]
+    kinds = {
+        "mean": (_are_three_numbers(metadata["mean"]), "three numbers"),
+        "std": (_are_three_numbers(std) and min(std) > 0, "three positive numbers"),
+        "input_size": (_are_three_numbers(metadata["input_size"]), "three numbers"),
+        "input": (isinstance(metadata["input"], str), "a text"),
+        "labels": (
+            labels is None or (isinstance(labels, list) and all(isinstance(label, str) for label in labels)),
+            "a list of texts",
+        ),
+        "crop_pct": (_is_positive(metadata.get("crop_pct", 1.0)), "a positive number"),
+    }
+    for key, (fits, kind) in kinds.items():
+        if not fits:
+            raise ValueError(
+                f"{name}: {key} in its metadata is {metadata[key]!r}, expected {kind}; export it again"
+            )
+
+
+def _is_positive(found: Any) -> bool:
+    try:
+        return 0 < float(found) < inf
+    except (TypeError, ValueError):
+        return False
+
+
+def _are_three_numbers(found: Any) -> bool:
+    fits = isinstance(found, list | tuple) and len(found) == 3
+    return fits and all(isinstance(each, int | float) and isfinite(each) for each in found)
 
 
 def _runner(session: Any, name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -225,13 +261,15 @@ def predict(
     """The `top` likeliest classes of each picture, best first, with their softmax probabilities.
 
     Raises:
-        ValueError: a file that is no usable picture.
+        ValueError: a file that is no usable picture, or of which the model makes no probabilities.
     """
     answers = []
     for start in progress(range(0, len(paths), BATCH), "Classifying"):
-        batch = np.stack([classifier.pixels(open_picture(path)) for path in paths[start : start + BATCH]])
-        answers += [
-            [(classifier.label(index), p) for index, p in zip(*row, strict=True)]
-            for row in zip(*(found.tolist() for found in classifier.best(batch, top)), strict=True)
-        ]
+        some = paths[start : start + BATCH]
+        batch = np.stack([classifier.pixels(open_picture(path)) for path in some])
+        for path, indices, probabilities in zip(some, *classifier.best(batch, top), strict=True):
+            if np.isnan(probabilities).any():
+                raise ValueError(f"{path}: {NO_PROBABILITIES}")
+            labels = map(classifier.label, indices.tolist())
+            answers.append(list(zip(labels, probabilities.tolist(), strict=True)))
     return answers

@@ -99,6 +99,9 @@ class Record:
 
     @classmethod
     def _from_dict(cls, found: dict[str, Any]) -> "Record":
+        for key, kind in {"entry": str, "sha256": str, "recipe": dict}.items():
+            if not isinstance(found[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
         found["score"] = Score(**found["score"])
         found["gates"] = [GateStats(**gate) for gate in found["gates"]]
         if found.get("start"):

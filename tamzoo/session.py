@@ -81,13 +81,15 @@ def train_entries(
     Args:
         folders: By the entry's name.
         data: As in `data_directory`.
-        time_budget: Seconds of wall time, from now.
+        time_budget: Seconds of wall time, from now; not negative.
     Returns:
         Whether all are done.
     Raises:
         ValueError: no such entry or recipe, or what `load_split` and `Run` raise; of several entries, at
             the end, which failed (on several processes, the first failure).
     """
+    if not time_budget >= 0:  # nor NaN
+        raise ValueError(f"expected a time budget of seconds, got {time_budget}")
     ends, failed = time.monotonic() + time_budget, []
     if not folders:
         voice.say("nothing to train: every such entry has weights of this recipe")
@@ -98,6 +100,7 @@ def train_entries(
             nearest = ", ".join(difflib.get_close_matches(name, ENTRIES, n=3))
             raise ValueError(f"no entry {name!r}; nearest: {nearest or 'none'}. All names: tamzoo list --all")
         if world.first_says(time.monotonic() >= ends):
+            voice.say(f"the time is up; the same command goes on with {name}")
             return False
         dataset = ENTRIES[name].dataset
         try:

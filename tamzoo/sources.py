@@ -8,6 +8,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -60,6 +61,8 @@ def fetch_from_hub(dataset: Dataset, split: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    from tamzoo.hub import HUB_ERRORS, explain
+
     try:
         folder = snapshot_download(
             dataset.hub_id,
@@ -67,12 +70,9 @@ def fetch_from_hub(dataset: Dataset, split: str) -> Path:
             revision=dataset.hub_revision,
             allow_patterns=f"{dataset.hub_folder}/{split}-*.parquet",
         )
-    except OSError as error:  # the Hub's own errors are OSErrors too
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{dataset.hub_id} at {dataset.hub_revision}: cannot be had from the Hub ({reason}); "
-            "pass --data DIR"
-        ) from error
+    except HUB_ERRORS as error:
+        reason = explain(error, dataset.hub_id, dataset.hub_revision)
+        raise ValueError(f"{dataset.title}: {reason}; or pass --data DIR") from error
     return Path(folder)
 
 
@@ -117,7 +117,7 @@ def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
 
 def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, parquet, types
     except ImportError as error:
         raise ValueError("reading parquet needs pyarrow; pip install 'tamzoo[train]'") from error
     try:
@@ -129,17 +129,33 @@ def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarra
         raise ValueError(
             f"{path}: no column {', '.join(sorted(missing))}, found {', '.join(table.column_names)}"
         )
+    labels, images = table[dataset.label_column], table[dataset.image_column]
+    if not (types.is_integer(labels.type) and _has_bytes(images.type)) or labels.null_count:
+        raise ValueError(
+            f"{path}: expected integer labels without a null in {dataset.label_column} and images as structs "
+            f"with bytes in {dataset.image_column}, found {labels.type} with {labels.null_count} nulls and "
+            f"{images.type}"
+        )
     rows = np.zeros((table.num_rows, ROW), dtype=np.uint8)
-    rows[:, 0] = _labels(path, np.asarray(table[dataset.label_column].to_pylist(), dtype=np.int64), dataset)
+    rows[:, 0] = _labels(path, labels.to_numpy().astype(np.int64), dataset)
     if "source" in table.column_names:
         rows[:, 1] = [source == "jpeg" for source in table["source"].to_pylist()]
-    images = table[dataset.image_column].to_pylist()
-    for index, image in enumerate(progress(images, f"Decoding {path.name}")):
-        rows[index, 2:] = _decode(image["bytes"], f"{path}, image {index}").reshape(-1)
+    for index, image in enumerate(progress(images.to_pylist(), f"Decoding {path.name}")):
+        rows[index, 2:] = _decode((image or {}).get("bytes"), f"{path}, image {index}").reshape(-1)
     return rows
 
 
-def _decode(data: bytes, place: str) -> np.ndarray:
+def _has_bytes(image: Any) -> bool:
+    """Whether an arrow type is that of the Hub's images: {bytes, path}."""
+    from pyarrow import types
+
+    index = image.get_field_index("bytes") if types.is_struct(image) else -1
+    return index >= 0 and (types.is_binary(image[index].type) or types.is_large_binary(image[index].type))
+
+
+def _decode(data: bytes | None, place: str) -> np.ndarray:
+    if data is None:
+        raise ValueError(f"{place}: expected an image, found null; fetch the file again")
     try:
         with Image.open(io.BytesIO(data)) as image:
             array = np.asarray(image.convert("RGB"))

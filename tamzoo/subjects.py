@@ -72,7 +72,7 @@ def subject(given: str, weights: Path | None = None) -> Subject:
     """
     folder = Path(given)
     if weights is None and folder.is_dir():
-        entry = read_finished(folder).entry
+        entry = find_model(read_finished(folder).entry)
         return Subject(label=folder.resolve().name, entry=entry, weights=folder / WEIGHTS)
     name = find_model(given)
     if "." not in name:

@@ -30,9 +30,12 @@ Data = Annotated[
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns a ValueError, RuntimeError or OSError into one sentence and exit code 2."""
+    """Turns ValueError, RuntimeError or OSError into a sentence and exit code 2; an interrupt into 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

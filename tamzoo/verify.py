@@ -7,14 +7,13 @@ from typing import Any
 
 import timm
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import ENTRIES, HUB_OWNER, OWNER, Entry
 from tamzoo.checkpoint import WEIGHTS, load_weights, sha256_of, write_whole
 from tamzoo.evaluate import golden_logits
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
-from tamzoo.hub import explain, hash_like, listing
+from tamzoo.hub import HUB_ERRORS, explain, hash_like, listing
 from tamzoo.records import GateStats, Record, read_record
 
 ONNX = "onnx/model.onnx"
@@ -150,7 +149,7 @@ def verify_remote(
         folder = Path(api.snapshot_download(repo_id, cache_dir=cache_dir))
         listed = listing(api, repo_id)[1]
         at_revision = listing(api, repo_id, revision)[1] if revision else listed
-    except (HTTPError, OSError, ValueError, EntryNotFoundError) as error:
+    except HUB_ERRORS as error:
         return [explain(error, repo_id, revision, api.endpoint)]
     problems = [
         f"{path} differs from what the Hub lists"

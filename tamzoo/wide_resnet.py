@@ -181,13 +181,14 @@ class WideResNet(nn.Module):
                 break
             x = self._stage(name, x)
             if index in wanted:
-                final = norm and index == len(self.stage_names)
-                found.append(self.act2(self.bn2(x)) if final else x)
-        if intermediates_only:
-            return found
-        if not stop_early or last == len(self.stage_names):
+                found.append(x)
+        whole = not stop_early or last == len(self.stage_names)
+        final = norm and len(self.stage_names) in wanted
+        if final or (whole and not intermediates_only):
             x = self.act2(self.bn2(x))
-        return x, found
+        if final:
+            found[-1] = x
+        return found if intermediates_only else (x, found)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

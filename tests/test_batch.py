@@ -263,6 +263,15 @@ def test_two_calls_at_once_do_not_mix(pictures, tmp_path):
     expect_colours(rows_of(out), 120)
 
 
+@pytest.mark.parametrize("note", ["", "[]", "[1]", "null"])
+def test_a_damaged_note_of_a_job_is_named(pictures, tmp_path, note):
+    out = tmp_path / "x.parquet"
+    parts_folder(out).mkdir()
+    (parts_folder(out) / "job.json").write_text(note)
+    with pytest.raises(ValueError, match=r"job.json is damaged \(.*\); remove .*x.parquet.parts and run"):
+        run([pictures], out)
+
+
 def test_parts_that_have_lost_their_note_are_not_kept(pictures, tmp_path):
     out = tmp_path / "x.parquet"
     parts_folder(out).mkdir()  # as a kill leaves it in mid removal

@@ -11,6 +11,7 @@ from export import benchmark, gate_study
 from export.benchmark_infer import check_load, describe, markdown
 from tamzoo.fold import FoldReport
 from tamzoo.records import Timing
+from tamzoo.terminal import one_sentence
 
 
 @pytest.fixture
@@ -105,9 +106,28 @@ def test_training_is_compared_and_its_longest_kernels_are_named():
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--model", "nosuch"], "invalid choice: 'nosuch'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "finds no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there"),
+        ),
+    ],
+)
+def test_bad_options_of_a_training_benchmark_are_one_sentence(monkeypatch, capsys, options, told):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "train", *options])
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main()
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
 def test_a_training_process_that_dies_ends_the_benchmark():
-    command = [sys.executable, "-m", "export.benchmark", "train", "--model", "resnet20", "--device", "cuda"]
+    command = [sys.executable, "-m", "export.benchmark", "train", "--model", "resnet20", "--device", "nosuch"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "the process of plain died; what it said is above" in done.stderr
 
@@ -121,8 +141,26 @@ def test_the_table_has_a_row_a_program():
     ]
 
 
-def test_a_study_that_was_not_run_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gate_study", "show", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("command", "table", "told"),
+    [
+        ("show OUT", None, "expected the CSV files of a study, found none"),
+        ("show OUT", "a,b\n1,2\n", "x.csv: expected the columns setting, epoch, gate"),
+        ("show OUT", ",".join(gate_study.COLUMNS) + "\n1,2\n", "x.csv: expected the columns setting, epoch"),
+        ("run --data OUT --out OUT --images 1", None, "expected --images of at least 2"),
+        ("run --data OUT --out OUT --train-images 0", None, "--train-images and --epochs of at least 1"),
+    ],
+)
+def test_a_study_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, capsys, command, table, told):
+    if table:
+        (tmp_path / "x.csv").write_text(table)
+    monkeypatch.setattr(sys, "argv", ["gate_study", *command.replace("OUT", str(tmp_path)).split()])
     with pytest.raises(SystemExit) as stop:
         gate_study.main()
-    assert stop.value.code == 2 and "expected the CSV files of a study, found none" in capsys.readouterr().err
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_word(capsys):
+    with pytest.raises(SystemExit) as stop, one_sentence():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"

@@ -138,14 +138,15 @@ def test_wrong_pictures_are_refused(tamzoo, tmp_path, weights, name):
 
 
 def test_an_empty_folder_is_refused(tamzoo, tmp_path):
+    (tmp_path / "._cat.jpg").write_text("a Mac's notes on cat.jpg")
     refused(tamzoo("predict", tmp_path), "a folder without a picture")
 
 
 def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
     arguments = ("export", "resnet20_tam.cifar10", "--weights", weights, "-o")
-    refused(tamzoo(*arguments, tmp_path / "missing" / "x.onnx"), "cannot write", "No such file or directory")
+    refused(tamzoo(*arguments, tmp_path / "missing" / "x.onnx"), "cannot write", "there is no folder")
     (tmp_path / "folder.onnx").mkdir()
-    refused(tamzoo(*arguments, tmp_path / "folder.onnx"), "folder.onnx")
+    refused(tamzoo(*arguments, tmp_path / "folder.onnx"), "folder.onnx: expected the name of a file, found a")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
 
 
@@ -158,10 +159,34 @@ def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
         (("--batch", 64), "pass --out FILE.parquet too"),
         (("--column", "image"), "pass --out FILE.parquet too"),
         (("--labels", "x.txt"), "pass --onnx FILE too"),
+        (("*.jpg",), "*.jpg: globs and parquet files need an output; pass --out FILE.parquet too"),
+        (("shard.parquet",), "shard.parquet: globs and parquet files need an output"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(tamzoo, given, told):
     refused(tamzoo("predict", PICTURES, *given), told)
+
+
+def test_a_pattern_without_the_queue_is_refused(tamzoo, tmp_path):
+    given = ("train", "resnet20_tam.cifar10", "--only", "*_tam.*", "--out", tmp_path / "run")
+    refused(tamzoo(*given), "--only chooses from the queue: pass --queue too")
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(tamzoo, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    given = ("train", "resnet20_tam.cifar10", "--out", tmp_path / "run")
+    refused(tamzoo(*given), "WORLD_SIZE is '2', but LOCAL_RANK is '', not a number; start several processes")
+
+
+def test_verify_finds_that_an_entry_is_not_there(tamzoo, tmp_path, monkeypatch):
+    monkeypatch.setattr("tamzoo.hub.CARDS", tmp_path)
+    code, out, _ = tamzoo("verify", "resnet18_tam.cifar10", "--no-remote")
+    assert code == 1 and "resnet18_tam.cifar10: here: README.md is missing" in out
+    monkeypatch.setattr("tamzoo.hub.CLONED", False)
+    code, out, _ = tamzoo("verify", "resnet34_tam.svhn")
+    assert code == 1 and "nowhere: nothing to check" in out
 
 
 def test_the_queue_does_not_begin_with_one_entrys_weights(tamzoo, tmp_path):

@@ -1,6 +1,8 @@
 """The same images from any file they come in; nothing wrong goes unnoticed."""
 
+import errno
 import io
+import json
 import os
 import pickle
 import struct
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from PIL import Image
 
 from tamzoo import sources
@@ -219,19 +222,6 @@ def test_the_hub_is_asked_for_the_pinned_revision(tmp_path, monkeypatch):
     ]
 
 
-def test_a_hub_out_of_reach_is_told_in_a_sentence(monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def download(*args, **options):
-        raise LocalEntryNotFoundError("no\nnetwork")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(
-        ValueError, match=r"^uoft-cs/cifar100 at aadb3af.*: cannot be had.*no network.*--data DIR"
-    ):
-        load_split(HUB, DATASETS["cifar100"], "train")
-
-
 def test_cifars_python_version_is_read_without_running_what_it_holds(tmp_path):
     ran = tmp_path / "ran"
 
@@ -340,13 +330,39 @@ def test_other_images_than_the_published_are_refused(tmp_path):
         load_split(tmp_path, small.dataset, "train")
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (LocalEntryNotFoundError("no\nnetwork"), r"cannot be reached \(LocalEntryNotFoundError\); check"),
+        (HTTPError("gone"), r"cannot be reached \(HTTPError\); check the connection and HF_ENDPOINT"),
+        (json.JSONDecodeError("no value", "<html>", 0), "does not answer as a Hub; check HF_ENDPOINT"),
+        (KeyError("id"), "does not answer as a Hub; check HF_ENDPOINT"),
+        (OSError(errno.ENOSPC, "No space left on device", "blob"), "blob: No space left on device; free or"),
+    ],
+)
+def test_a_hub_without_the_data_is_told_in_a_sentence(monkeypatch, error, told):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ValueError, match=f"^CIFAR-10: .*{told}.*; or pass --data DIR$"):
+        load_split(HUB, DATASETS["cifar10"], "test")
+
+
 def test_a_shard_of_something_else_is_refused(tmp_path):
     from pyarrow import parquet, table
 
-    small = Small("cifar10")
+    small, file = Small("cifar10"), io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "png")
+    whole = file.getvalue()
     for rows, message in [
         ({"image": [b""], "label": [0]}, "no column img, found image, label"),
         ({"img": [{"bytes": b"no image", "path": None}], "label": [0]}, "image 0: not an image"),
+        ({"img": [{"bytes": whole}, None], "label": [0, 0]}, "image 1: expected an image, found null"),
+        ({"img": [b""], "label": [0]}, "images as structs with bytes in img, found int64 .* and binary"),
+        ({"img": [{"path": "x"}], "label": [0]}, "images as structs with bytes .* struct<path: string>"),
+        ({"img": [{"bytes": b""}], "label": ["cat"]}, "expected integer labels .*, found string"),
+        ({"img": [{"bytes": b""}], "label": [None]}, "found null with 1 nulls"),
     ]:
         parquet.write_table(table(rows), tmp_path / "train-0.parquet")
         with pytest.raises(ValueError, match=f"train-0.parquet.*{message}"):

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,12 @@ from onnx import TensorProto
 from PIL import Image
 from timm.data import create_transform
 
+from tamzoo.answers import answer
 from tamzoo.datasets import DATASETS
 from tamzoo.deploy import as_texts, deployment, told_of
 from tamzoo.images import PICTURES, open_picture
 from tamzoo.predict import Classifier, open_classifier, predict, torch_classifier
-from tests.colours import LABELS, colour_onnx
+from tests.colours import LABELS, colour_classifier, colour_onnx
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 OURS = {"entry": "x", "labels": "null", "mean": "[0, 0, 0]", "std": "[1, 1, 1]", "input": "float32 NCHW"}
@@ -74,6 +76,47 @@ def test_graphs_that_do_not_fit_are_refused(tmp_path):
     path = colour_onnx(tmp_path / "x.onnx")
     with pytest.raises(ValueError, match="has 3 classes, but there are 2 labels"):
         open_classifier(path, mean=MEAN, std=STD, labels=tmp_path / "labels.txt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("mean", "null", "None, expected three numbers"),
+        ("mean", "[0.1, 0.2]", "[0.1, 0.2], expected three numbers"),
+        ("std", "[0, 0, 0]", "[0, 0, 0], expected three positive numbers"),
+        ("input", '["a"]', "['a'], expected a text"),
+        ("labels", "[0, 1, 2]", "[0, 1, 2], expected a list of texts"),
+        ("labels", '{"0": 1}', "{'0': 1}, expected a list of texts"),
+        ("crop_pct", "none", "'none', expected a positive number"),
+    ],
+)
+def test_damaged_metadata_are_refused(tmp_path, key, value, told):
+    path = colour_onnx(tmp_path / "x.onnx", **(OURS | {"input_size": "[3, 8, 8]", key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"x.onnx: {key} in its metadata is {told}")):
+        open_classifier(path)
+
+
+def test_metadata_that_are_no_json_are_refused(tmp_path):
+    path = colour_onnx(tmp_path / "x.onnx", **(OURS | {"input_size": "[3, 8,"}))
+    with pytest.raises(ValueError, match=r"this ONNX file's metadata are damaged \(.*; export it again"):
+        open_classifier(path)
+
+
+def test_logits_that_are_no_numbers_are_no_answer(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        logits = batch.mean((2, 3))
+        return np.where(logits[:, 2:] > 0, np.nan, logits)
+
+    classifier = replace(colour_classifier(), run=run, mean=(0.0, 0.0, 0.0))
+    paths = [tmp_path / "red.png", tmp_path / "blue.png"]
+    with pytest.raises(ValueError, match=r"blue.png: the model's logits for it hold NaN or infinity"):
+        predict(classifier, paths)
+    rows = answer(classifier, [(path.name, path) for path in paths]).table.to_pylist()
+    assert rows[0]["label"] == "red" and rows[0]["error"] is None
+    assert rows[1]["label"] is rows[1]["top"] is None and "blue.png: the model's logits" in rows[1]["error"]
 
 
 @pytest.mark.parametrize(

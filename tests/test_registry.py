@@ -126,6 +126,21 @@ def test_copies_round_trips_and_memory_formats_agree(backbone, attention):
     torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)  # bfloat16 has 8 bits
 
 
+@pytest.mark.parametrize(("asked", "side"), [(2, 16), (4, 8), (8, 4), (32, 4)])
+def test_output_stride_counts_from_the_picture(asked, side):
+    model = timm.create_model("resnet18_tam.cifar10", output_stride=asked, features_only=True)
+    assert model(torch.randn(1, 3, 32, 32))[-1].shape[-1] == side
+    assert model.feature_info.reduction()[-1] == 32 // side
+
+
+@pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
+def test_batchnorms_see_a_picture_once_on_the_way_to_features(name):
+    model = timm.create_model(name).train()
+    model.forward_intermediates(torch.randn(2, 3, 32, 32), norm=True)
+    seen = [m.num_batches_tracked.item() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert set(seen) == {1}
+
+
 @pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
 def test_compiling_finds_one_graph(name):
     model = timm.create_model(name).eval()

@@ -208,6 +208,13 @@ def test_a_run_that_is_there_is_not_overwritten(tmp_path):
             tiny_run(tmp_path, resume=True)
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
         tiny_run(tmp_path / "new", precision="half")
+    for seed in (-1, 10**14):
+        with pytest.raises(ValueError, match=rf"seed must be from 0 to 2147483647, got {seed}"):
+            tiny_run(tmp_path / "new", seed=seed)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: expected a folder for the run, found a file"):
+        tiny_run(tmp_path / "file")
 
 
 def test_a_run_that_ended_is_not_overwritten(alone, tmp_path):
@@ -501,7 +508,9 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
     order = Order(recipe="short", epochs=1, resume=True)
     said = []
     voice = Voice(say=said.append)
-    assert not train_entries(folders, order, small_data, 0.0, CPU, voice) and not said
+    assert not train_entries(folders, order, small_data, 0.0, CPU, voice)
+    assert said == [f"the time is up; the same command goes on with {names[0]}"]
+    said.clear()
     assert train_entries({names[0]: folders[names[0]]}, order, small_data, math.inf, CPU, voice)
     assert "resnet20_tam.cifar10: 1 epochs of recipe short, float32 on cpu, from step 0 of 1" in said
     assert "weights in" in said[-1]
@@ -511,6 +520,9 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
     assert said[1].startswith("wrn10_4_tam.cifar10: 1 epochs")
     with pytest.raises(ValueError, match="pass --resume"):
         train_entries({names[0]: folders[names[0]]}, replace(order, resume=False), small_data, 9, CPU, SILENT)
+    for budget in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=f"expected a time budget of seconds, got {budget}"):
+            train_entries(folders, order, small_data, budget, CPU, SILENT)
     with pytest.raises(ValueError, match=r"no entry .resnet20_tamm.cifar10.; nearest: resnet20_tam.cifar10"):
         train_entries({"resnet20_tamm.cifar10": small_data}, order, small_data, 9, CPU, SILENT)
 
