@@ -29,6 +29,9 @@ _SHA256 = {  # of model.safetensors, by recipe
         "wrn10_4_cbam.cifar10": "ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
         "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
     },
+    "progressive-cpu": {
+        "wrn16_8_tam.cifar100": "273a3c0ae3de03501256075abf0bf97decc79065de3e699d382884b85b828ec9",
+    },
     "restart-cpu": {
         "resnet50_tam.cifar100": "926d7078566dec947017ea7c228da4f8b1b6b2959904e65240b2342a16c5d197",
         "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",
