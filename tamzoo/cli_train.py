@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 Epochs = Annotated[int | None, typer.Option(help="In place of the recipe's.")]
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: by device).")]
-Budget = Annotated[float, typer.Option(help="Seconds; a later call goes on.")]
+
+
+def _seconds(found: float) -> float:
+    if not found >= 0:  # nor NaN
+        raise ValueError(f"--time-budget must be a number of seconds from 0 on, got {found}")
+    return found
+
+
+Budget = Annotated[float, typer.Option(help="Seconds; a later call goes on.", callback=_seconds)]
 Compile = Annotated[bool | None, typer.Option(help="torch.compile (default: on CUDA).")]
 sweep = typer.Typer(no_args_is_help=True, help="Train one model with several values of a setting.")
 

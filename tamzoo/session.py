@@ -81,15 +81,13 @@ def train_entries(
     Args:
         folders: By the entry's name.
         data: As in `data_directory`.
-        time_budget: Seconds of wall time, from now; not negative.
+        time_budget: Seconds of wall time, from now.
     Returns:
         Whether all are done.
     Raises:
         ValueError: no such entry or recipe, or what `load_split` and `Run` raise; of several entries, at
             the end, which failed (on several processes, the first failure).
     """
-    if not time_budget >= 0:  # nor NaN
-        raise ValueError(f"expected a time budget of seconds, got {time_budget}")
     ends, failed = time.monotonic() + time_budget, []
     if not folders:
         voice.say("nothing to train: every such entry has weights of this recipe")

@@ -172,6 +172,13 @@ def test_a_pattern_without_the_queue_is_refused(tamzoo, tmp_path):
     refused(tamzoo(*given), "--only chooses from the queue: pass --queue too")
 
 
+@pytest.mark.parametrize("budget", ["-5", "nan"])
+def test_a_budget_that_is_no_time_is_refused(tamzoo, tmp_path, budget):
+    given = ("train", "resnet20_tam.cifar10", "--time-budget", budget, "--out", tmp_path / "run")
+    refused(tamzoo(*given), "--time-budget must be a number of seconds from 0 on, got")
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_torchrun_did_not_start_are_refused(tamzoo, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)

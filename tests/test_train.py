@@ -520,9 +520,6 @@ def test_a_session_goes_on_where_the_last_one_stopped(small_data):
     assert said[1].startswith("wrn10_4_tam.cifar10: 1 epochs")
     with pytest.raises(ValueError, match="pass --resume"):
         train_entries({names[0]: folders[names[0]]}, replace(order, resume=False), small_data, 9, CPU, SILENT)
-    for budget in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"expected a time budget of seconds, got {budget}"):
-            train_entries(folders, order, small_data, budget, CPU, SILENT)
     with pytest.raises(ValueError, match=r"no entry .resnet20_tamm.cifar10.; nearest: resnet20_tam.cifar10"):
         train_entries({"resnet20_tamm.cifar10": small_data}, order, small_data, 9, CPU, SILENT)
 
