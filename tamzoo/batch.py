@@ -161,10 +161,11 @@ def _open_folder(job: Job) -> None:
                 left.unlink()
             write_whole(note, json.dumps(job.identity))
     try:
-        stored = {key: json.loads(note.read_text())[key] for key in job.identity}
+        stored = json.loads(note.read_text())
+        changed = [key for key, value in job.identity.items() if stored[key] != value]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{note} is damaged ({error}); remove {job.folder} and run again") from error
-    if changed := [key for key, value in job.identity.items() if stored[key] != value]:
+    if changed:
         raise ValueError(
             f"{job.folder} holds the parts of another job (other {', '.join(changed)}); "
             "finish that job, remove the folder, or pass another --out"

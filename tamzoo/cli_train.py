@@ -121,9 +121,7 @@ def plot(
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture: .png, .svg or .pdf.")],
 ) -> None:
     """Draw test error against epoch, a line a run."""
-    from tamzoo.checkpoint import check_output_file
     from tamzoo.plots import plot_error
 
-    check_output_file(out)
     plot_error(runs, out)
     print(out)

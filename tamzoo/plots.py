@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tamzoo.checkpoint import whole_file
+from tamzoo.checkpoint import check_output_file, whole_file
 from tamzoo.findings import Curve
 from tamzoo.journal import read_log
 from tamzoo.records import GateStats, Timing
@@ -33,9 +33,10 @@ def plot_error(runs: Sequence[Path], out: Path) -> None:
         runs: Folders of training runs, each named after its line.
         out: .png, .svg or .pdf.
     Raises:
-        ValueError: no matplotlib, a folder without a log, or another kind of picture.
+        ValueError: no matplotlib, a folder without a log, no place for the picture, or another kind of it.
     """
     check_matplotlib()
+    check_output_file(out)
     errors = [[row["test_top1_error"] for row in read_log(run)] for run in runs]
     names = [run.resolve().name for run in runs]
     plot_curves([Curve(model=name, top1_errors=row) for name, row in zip(names, errors, strict=True)], out)

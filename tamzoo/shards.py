@@ -48,7 +48,7 @@ def open_shard(path: str, column: str | None = None) -> tuple[list[int], str] | 
         raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
     if MARK in (schema.metadata or {}):
         return None
-    pictures = [field.name for field in schema if _holds_bytes(field.type)]
+    pictures = [field.name for field in schema if holds_bytes(field.type)]
     texts = [field.name for field in schema if _is_text(field.type)]
     found = pictures or [name for name in texts if name in _PATH_COLUMNS]
     if column is not None:
@@ -97,11 +97,12 @@ def _picture(cell: Any, folder: Path) -> Path | bytes | None:
     return folder / cell if isinstance(cell, str) else cell
 
 
-def _holds_bytes(kind: Any) -> bool:
+def holds_bytes(kind: Any) -> bool:
+    """Whether an arrow type is bytes or the Hub's {bytes, path}."""
     from pyarrow import types
 
     if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+        return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 

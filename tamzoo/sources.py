@@ -8,13 +8,13 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tamzoo.datasets import Dataset
 from tamzoo.progress import Progress
+from tamzoo.shards import holds_bytes
 
 SIDE = 32
 PIXELS = SIDE * SIDE * 3
@@ -130,7 +130,8 @@ def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarra
             f"{path}: no column {', '.join(sorted(missing))}, found {', '.join(table.column_names)}"
         )
     labels, images = table[dataset.label_column], table[dataset.image_column]
-    if not (types.is_integer(labels.type) and _has_bytes(images.type)) or labels.null_count:
+    fits = types.is_integer(labels.type) and types.is_struct(images.type) and holds_bytes(images.type)
+    if not fits or labels.null_count:
         raise ValueError(
             f"{path}: expected integer labels without a null in {dataset.label_column} and images as structs "
             f"with bytes in {dataset.image_column}, found {labels.type} with {labels.null_count} nulls and "
@@ -143,14 +144,6 @@ def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarra
     for index, image in enumerate(progress(images.to_pylist(), f"Decoding {path.name}")):
         rows[index, 2:] = _decode((image or {}).get("bytes"), f"{path}, image {index}").reshape(-1)
     return rows
-
-
-def _has_bytes(image: Any) -> bool:
-    """Whether an arrow type is that of the Hub's images: {bytes, path}."""
-    from pyarrow import types
-
-    index = image.get_field_index("bytes") if types.is_struct(image) else -1
-    return index >= 0 and (types.is_binary(image[index].type) or types.is_large_binary(image[index].type))
 
 
 def _decode(data: bytes | None, place: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """One command from weights to numbers, pictures and card; one sentence where there is nothing to analyse."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,9 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_pat
     refused(analyze(tam, *data, "--kind", "bmp"), "expected a picture named .png, .svg or .pdf")
     other = finished_run(tmp_path / "other", "wrn10_4_se.cifar10")
     refused(analyze(tam, *data, "--peer", other), "expected the backbone and data set of resnet20_tam")
+    record = json.loads((twin / "record.json").read_text())
+    (twin / "record.json").write_text(json.dumps(record | {"entry": "resnet21_se.cifar10"}))
+    refused(analyze(tam, *data, "--peer", twin), "no model 'resnet21_se.cifar10'; nearest: resnet20_se")
     refused(analyze("resnet50_tam.cifar10", *data), "these weights are not of resnet50_tam.cifar10")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused(analyze(tam, *data), "drawing needs matplotlib; pip install 'tamzoo[plots]'")

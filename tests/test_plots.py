@@ -52,6 +52,11 @@ def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch):
         plot_error([tmp_path / "nowhere"], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"x.bmp: expected a picture named .png, .svg or .pdf"):
         plot_error([run], tmp_path / "x.bmp")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"folder.png: expected the name of a file, found a folder"):
+        plot_error([run], tmp_path / "folder.png")
+    with pytest.raises(ValueError, match=r"x.png: there is no folder .*nowhere; make it first"):
+        plot_error([run], tmp_path / "nowhere" / "x.png")
     (run / "log.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"log.csv: not the log of a training run"):
         plot_error([run], tmp_path / "x.png")

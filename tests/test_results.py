@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -69,7 +70,10 @@ def test_a_record_survives_json_and_a_damaged_one_is_named(tmp_path):
     record = record_of(TRAINED[0])
     assert record and Record.from_json(record.to_json()) == record
     path = tmp_path / "record.json"
-    for text in ("", "[]", "{}", record.to_json()[:-10], record.to_json().replace('"seed"', '"sed"')):
+    told = json.loads(record.to_json())
+    damaged = [json.dumps(told | {key: None}) for key in ("entry", "sha256", "recipe")]
+    damaged += ["", "[]", "{}", record.to_json()[:-10], record.to_json().replace('"seed"', '"sed"')]
+    for text in damaged:
         path.write_text(text)
         with pytest.raises(ValueError, match="record.json: expected a training record"):
             read_record(path)
