@@ -37,14 +37,15 @@ def analyse(main: Subject, peers: Sequence[Subject], split: Split, progress: Pro
 
     Args:
         peers: Other attentions on the same backbone and data set, for comparison.
-        split: Test images; memory does not grow with their number.
+        split: Test images, on the device that computes; memory does not grow with their number.
     Raises:
         ValueError: as `check_peers` and `Subject.load`; fewer than two images; gates that are not finite.
     """
     check_peers(main, peers)
     shown = partial(normalised, split, main.dataset, BATCH, progress)
     curves = [row for each in (main, *peers) for row in each.curve()]
-    model, others = main.load(), [(peer, peer.load()) for peer in peers]
+    device = split.labels.device
+    model, others = main.load().to(device), [(peer, peer.load().to(device)) for peer in peers]
     chain, ledger = Chain(model), _Ledger(model, -(-len(split) // BATCH))
     with ledger.study("gates", 1), watched_gates(model, main.label) as spreads:
         gates = measure_gates(model, (pixels for pixels, _ in shown("Measuring gates")))
@@ -74,7 +75,7 @@ def analyse(main: Subject, peers: Sequence[Subject], split: Split, progress: Pro
         absent=[attention for attention in COMPARED if attention not in there],
         passes=ledger.passes,
         peak_memory_mb=_peak_memory_mb(),
-        hardware=hardware(torch.device("cpu"), 1),
+        hardware=hardware(device, 1),
         commit=commit_here(),
         versions=versions(),
     )

@@ -183,9 +183,17 @@ def _merge(job: Job) -> None:
     with whole_file(merged) as file, parquet.ParquetWriter(file, columns) as writer:
         for start in range(0, len(job.parts), _PARTS_A_GROUP):
             some = job.parts[start : start + _PARTS_A_GROUP]
-            table = pa.concat_tables([parquet.read_table(job.file_of(part)) for part in some])
-            writer.write_table(table.cast(columns))
+            writer.write_table(pa.concat_tables([_read_part(job.file_of(part), columns) for part in some]))
     merged.replace(job.out)
+
+
+def _read_part(path: Path, columns: Any) -> Any:
+    from pyarrow import ArrowException
+
+    try:
+        return parquet_library().read_table(path).cast(columns)
+    except (ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again") from error
 
 
 def _count_errors(out: Path) -> int:

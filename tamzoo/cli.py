@@ -11,7 +11,7 @@ import typer
 
 from tamzoo import cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
 from tamzoo.allocator import keep_freed_memory
-from tamzoo.terminal import Data, Name, Weights, bar, load_model, one_sentence, table
+from tamzoo.terminal import Data, Device, Name, Weights, bar, device_called, load_model, one_sentence, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (
@@ -112,17 +112,18 @@ def info(name: Name) -> None:
 
 
 @app.command()
-def evaluate(name: Name, data: Data = None, weights: Weights = None) -> None:
+def evaluate(name: Name, data: Data = None, weights: Weights = None, device: Device = "cpu") -> None:
     """Errors on all images of the test split."""
     from dataclasses import asdict
 
     from tamzoo.data import data_directory, load_split
     from tamzoo.evaluate import evaluate as score
 
-    folder = data_directory(data)
+    folder, place = data_directory(data), device_called(device)
     model, full, dataset = load_model(name, weights)
-    split = load_split(folder, dataset, "test", bar)
-    print(json.dumps({"entry": full} | asdict(score(model, split, dataset, progress=bar)), indent=2))
+    split = load_split(folder, dataset, "test", bar).to(place)
+    found = score(model.to(place), split, dataset, progress=bar)
+    print(json.dumps({"entry": full} | asdict(found), indent=2))
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tamzoo.terminal import Data, Name, Weights, bar, table
+from tamzoo.terminal import Data, Device, Name, Weights, bar, device_called, table
 
 if TYPE_CHECKING:
     from tamzoo.findings import Analysis
@@ -23,6 +23,7 @@ def analyze(
         list[str] | None, typer.Option(help="Entry or run folder to compare with, beside those known.")
     ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Of pictures (default: png and svg).")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Show what the gates of a TAM model do: the paper's section 4 as numbers and pictures."""
     from tamzoo.analysis import analyse
@@ -36,6 +37,7 @@ def analyze(
     kinds = [f".{each}" for each in kind or ("png", "svg")]
     for each in kinds:
         check_picture(out / f"analysis{each}")
+    place = device_called(device)
     folder, main = data_directory(data), subject(name, weights)
     candidates = (*known_peers(main), *(subject(given) for given in peer or ()))
     peers = list({each.weights.resolve(): each for each in candidates}.values())
@@ -48,7 +50,7 @@ def analyze(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(error.errno, f"cannot make the folder {out}: {error.strerror}") from error
-    found = analyse(main, peers, split, bar)
+    found = analyse(main, peers, split.to(place), bar)
     write_whole(out / ANALYSIS, found.to_json())
     _tell(found)
     for path in plot_analysis(found, out, kinds):

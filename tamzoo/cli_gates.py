@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tamzoo.terminal import Data, Name, Weights, bar, load_model, print_gates, table, test_pixels
+from tamzoo.terminal import (
+    Data,
+    Device,
+    Name,
+    Weights,
+    bar,
+    device_called,
+    load_model,
+    print_gates,
+    table,
+    test_pixels,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +32,7 @@ def gates(
     weights: Weights = None,
     images: Annotated[int, typer.Option(min=2, help="How many.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+    device: Device = "cpu",
 ) -> None:
     """Measure every gate of a TAM model: does it depend on its input?"""
     from dataclasses import asdict
@@ -29,12 +41,13 @@ def gates(
     from tamzoo.data import normalise
     from tamzoo.gates import gates_of, measure_gates
 
+    place = device_called(device)
     model, full, dataset = load_model(name, weights)
     if not gates_of(model):
         raise ValueError(f"{full} has no TAM gates; expected a model named *_tam")
     pixels, told = test_pixels(data, dataset, images)
     found = measure_gates(
-        model, (normalise(batch, dataset) for batch in bar(pixels.split(128), "Measuring gates"))
+        model.to(place), (normalise(batch, dataset) for batch in bar(pixels.split(128), "Measuring gates"))
     )
     if as_json:
         print(json.dumps([asdict(gate) for gate in found], indent=2))
@@ -50,6 +63,7 @@ def freeze_gates(
     images: Annotated[int, typer.Option(min=2, help="Training images to measure on.")] = 10_000,
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is static.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Of the training (default: the entry's).")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Turn gates that move into constants, so that the model folds whole; errors before and after."""
     import torch
@@ -66,9 +80,11 @@ def freeze_gates(
     from tamzoo.recipes import recipe_for
 
     check_output_file(output)
+    place = device_called(device)
     model, full, dataset = load_model(name, weights)
+    model.to(place)
     folder = data_directory(data)
-    train, test = (load_split(folder, dataset, split, bar) for split in ("train", "test"))
+    train, test = (load_split(folder, dataset, split, bar).to(place) for split in ("train", "test"))
 
     entry, some = ENTRIES.get(full), train.pixels[:images].split(128)
     settings = recipe_for(
@@ -79,7 +95,7 @@ def freeze_gates(
         return (normalise(batch, dataset) for batch in bar(some, "Measuring gates"))
 
     def augmented() -> Iterator[Tensor]:  # what BatchNorm saw while it was trained
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(place).manual_seed(0)
         for batch in bar(some, "Measuring BatchNorm"):
             yield augment(batch, draw(len(batch), settings, dataset, generator), settings, dataset)
 

@@ -43,11 +43,15 @@ class Subject:
         """The model in eval mode, channels last.
 
         Raises:
-            ValueError: the weights are not of this architecture, or not finite.
+            ValueError: the weights or the record's model arguments are not of this architecture, or the
+                weights are not finite.
         """
         record = self.weights.parent / "record.json"
         arguments = read_record(record).model_args if record.is_file() else {}
-        model = timm.create_model(self.entry, **arguments).eval()
+        try:
+            model = timm.create_model(self.entry, **arguments).eval()
+        except TypeError as error:
+            raise ValueError(f"{record}: {self.entry} cannot be made with {arguments}: {error}") from error
         load_weights(model, self.weights, self.entry)
         check_finite(model.state_dict(), str(self.weights))
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from tamzoo.datasets import Dataset
@@ -26,6 +27,7 @@ Weights = Annotated[Path | None, typer.Option(help="A safetensors file in place 
 Data = Annotated[
     Path | None, typer.Option(help="Folder with the data, or hub to download it (default: $TAMZOO_DATA).")
 ]
+Device = Annotated[str, typer.Option(help="cpu, or cuda where there is a GPU.")]
 
 
 @contextmanager
@@ -131,6 +133,30 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
         load_weights(model, weights, full)
         check_finite(model.state_dict(), str(weights))
     return model, full, DATASETS[cfg["tag"]]
+
+
+def device_called(name: str) -> torch.device:
+    """The device of that name, ready to compute in float32.
+
+    Raises:
+        ValueError: no such device, or none that torch can use here.
+    """
+    import torch
+
+    from tamzoo.learner import set_cudnn
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot compute on {name!r} ({why}); expected cpu, or cuda where there is a GPU"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"cannot compute on {name!r}; expected cpu, or cuda where there is a GPU")
+    set_cudnn()
+    return device
 
 
 def test_pixels(data: Path | None, dataset: Dataset, n: int) -> tuple[Tensor, str]:

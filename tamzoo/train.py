@@ -189,8 +189,8 @@ class Run:
             return self._train(Clock(time_budget, self.snapshot_seconds), watch, report)
 
     def _train(self, clock: Clock, watch: Watch, report: Callable[[dict[str, float]], None]) -> bool:
-        self._clock, self._begun = clock, self.step  # of this session
-        self._timed = self.step, time.monotonic()
+        self._clock, self._begun, self._images = clock, self.step, 0  # of this session
+        self._timed = 0, time.monotonic()
         while self.step < self.steps and not self._must_stop():
             if self._epoch(watch) and self.world.first:
                 report(self._finish_epoch())
@@ -215,8 +215,8 @@ class Run:
 
     def _images_per_s(self) -> float:
         """Of this epoch; in a session's first, from after its first step, which may have compiled."""
-        step, began = self._timed
-        return (self.step - step) * self.recipe.batch_size / max(time.monotonic() - began, 1e-9)
+        images, began = self._timed
+        return (self._images - images) / max(time.monotonic() - began, 1e-9)
 
     def _epoch(self, watch: Watch) -> bool:
         """Trains to the epoch's end, where the clock lets it; says whether it got there."""
@@ -227,18 +227,18 @@ class Run:
         order = torch.Generator().manual_seed(seed_of(self.seed, epoch, salt=1))
         permutation = torch.randperm(len(self.train_split), generator=order).to(self.device)
         started, seconds = time.monotonic(), self.seconds
-        self._timed = self.step, started
+        self._timed = self._images, started
         for index, chosen in enumerate(permutation.split(self.recipe.batch_size)):
             if index < begin:
                 continue
             fraction = self.step / self.steps
             self._losses[index] = self.learner.learn(self.train_split, chosen, self.step, fraction)
-            self.step += 1
+            self.step, self._images = self.step + 1, self._images + len(chosen)
             self.seconds = seconds + time.monotonic() - started
             if self.device.type == "cpu" or index % STEPS_PER_LOOK == 0:
                 self._look(index, watch)
             if self.step == self._begun + 1 and index + 1 < self.steps_per_epoch:
-                self._timed = self.step, time.monotonic()
+                self._timed = self._images, time.monotonic()
             if index + 1 < self.steps_per_epoch and self._must_stop():
                 return False
         return True

@@ -78,6 +78,16 @@ def test_an_analysis_holds_every_study(found, runs):
     assert found.peak_memory_mb is None or found.peak_memory_mb > 50
 
 
+@pytest.mark.gpu
+def test_gpu_finds_the_same(found, runs):
+    peers = [subjects.subject(str(runs[attention])) for attention in ("se", "cbam")]
+    there = analyse(subjects.subject(str(runs["tam"])), peers, SPLIT.to(torch.device("cuda")))
+    assert [row.name for row in there.lesions] == [row.name for row in found.lesions]
+    assert [gate.mean for gate in there.gates] == pytest.approx([gate.mean for gate in found.gates], abs=1e-5)
+    changes = [[row.logit_change for row in each.straightened] for each in (there, found)]
+    assert changes[0] == pytest.approx(changes[1], abs=1e-3)
+
+
 def test_its_gates_are_those_that_measuring_gives(found, runs):
     from tamzoo.data import normalise
     from tamzoo.datasets import DATASETS
@@ -181,6 +191,9 @@ def test_a_run_with_another_group_size_loads_as_it_was_trained(tmp_path):
     record = replace(record, model_args={"group_size": 4}, sha256=sha256)
     (folder / "record.json").write_text(record.to_json())
     assert subjects.subject(str(folder)).load().layer1[0].se.group_size == 4
+    (folder / "record.json").write_text(replace(record, model_args={"colour": 1}).to_json())
+    with pytest.raises(ValueError, match=r"record.json: resnet20_tam.cifar10 cannot be made with .*colour"):
+        subjects.subject(str(folder)).load()
 
 
 # Bad input: one sentence, exit code 2, nothing written.

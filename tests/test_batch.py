@@ -272,6 +272,25 @@ def test_a_damaged_note_of_a_job_is_named(pictures, tmp_path, note):
         run([pictures], out)
 
 
+@pytest.mark.parametrize("wrong", ["truncated", "of other columns"])
+def test_a_damaged_part_is_named_and_made_again_once_removed(pictures, tmp_path, monkeypatch, wrong):
+    out = tmp_path / "x.parquet"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("tamzoo.batch._merge", lambda job: sys.exit("killed"))
+        run([pictures], out)
+    part = parts_folder(out) / "00000001.parquet"
+    if wrong == "truncated":
+        os.truncate(part, part.stat().st_size // 2)
+    else:
+        shard(part, [coloured(0)], pa.binary())
+    with pytest.raises(ValueError, match=r"00000001.parquet is damaged \(.*\); remove it and run the same"):
+        run([pictures], out)
+    assert not out.exists()
+    part.unlink()
+    assert run([pictures], out).predicted == 10
+    expect_colours(rows_of(out), 120)
+
+
 def test_parts_that_have_lost_their_note_are_not_kept(pictures, tmp_path):
     out = tmp_path / "x.parquet"
     parts_folder(out).mkdir()  # as a kill leaves it in mid removal

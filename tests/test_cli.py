@@ -210,6 +210,13 @@ def test_results_outside_a_clone_are_refused_and_nothing_is_written(tamzoo, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "gates", "analyze"])
+def test_a_device_that_is_not_there_is_told(tamzoo, tmp_path, command):
+    for device in ("gpu", "meta", "cuda:99"):
+        asked = (command, "resnet20_tam.cifar10", "--data", tmp_path, "--device", device)
+        refused(tamzoo(*asked), f"cannot compute on '{device}'")
+
+
 def test_missing_data_is_told(tamzoo, tmp_path, monkeypatch):
     monkeypatch.delenv("TAMZOO_DATA", raising=False)
     refused(tamzoo("evaluate", "resnet20_tam.cifar10"), "pass --data DIR or set TAMZOO_DATA")
