@@ -143,7 +143,7 @@ import timm
 model = timm.create_model("$name")
 ```
 
-Train it with `tamzoo train $name --out runs/$name`.
+Train it with `tamzoo train $name --data DIR --out runs/$name`.
 
 ## Limits
 

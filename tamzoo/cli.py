@@ -39,10 +39,10 @@ def _root() -> None:
 def list_entries(
     pattern: Annotated[str, typer.Argument(help="Wildcards, for instance 'resnet50*' or '*.cifar10'.")] = "*",
     every: Annotated[
-        bool, typer.Option("--all", help="Every registered model and tag, not only the tables'.")
+        bool, typer.Option("--all", help="Every registered model and tag, not only the catalogue's.")
     ] = False,
 ) -> None:
-    """List the catalogue: the paper's tables, row by row, beside what was trained."""
+    """List the catalogue, the paper's tables and some rows of ours, beside what was trained."""
     from tamzoo.catalogue import ENTRIES
     from tamzoo.datasets import DATASETS
     from tamzoo.registry import MODELS

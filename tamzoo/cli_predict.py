@@ -29,7 +29,7 @@ def predict(
         str | None, typer.Option("--model", "-m", help="Model or entry.", show_default=DEMO_ENTRY)
     ] = None,
     onnx: Annotated[
-        Path | None, typer.Option(help="An ONNX file in place of the model; gives logits.")
+        Path | None, typer.Option(help="An ONNX file in place of the model; its output must be logits.")
     ] = None,
     weights: Weights = None,
     top: Annotated[int, typer.Option(min=1, help="Classes a picture.")] = 5,
@@ -49,7 +49,7 @@ def predict(
     ] = None,
     std: Annotated[Triple | None, typer.Option(help="As --mean.")] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="For an ONNX file that is not ours: a class name a line.")
+        Path | None, typer.Option(help="With --onnx: a class name a line, in place of those in the file.")
     ] = None,
 ) -> None:
     """Classify pictures; with --out, any number of them."""

@@ -25,7 +25,10 @@ def _seconds(found: float) -> float:
     return found
 
 
-Budget = Annotated[float, typer.Option(help="Seconds; a later call goes on.", callback=_seconds)]
+Budget = Annotated[
+    float,
+    typer.Option(help="Seconds; a later call goes on (of one entry: with --resume).", callback=_seconds),
+]
 Compile = Annotated[bool | None, typer.Option(help="torch.compile (default: on CUDA).")]
 sweep = typer.Typer(no_args_is_help=True, help="Train one model with several values of a setting.")
 
@@ -43,7 +46,9 @@ def train(
     queue: Annotated[
         bool, typer.Option(help="The next entries without weights of the recipe, each resumed.")
     ] = False,
-    only: Annotated[str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.*'.")] = "*",
+    only: Annotated[
+        str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.cifar*'.")
+    ] = "*",
     compile: Compile = None,
     initial_checkpoint: Annotated[
         Path | None, typer.Option(help="Begin with the weights of this finished run of the same entry.")
