@@ -9,7 +9,7 @@ from timm.layers.cbam import CbamModule
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from tamzoo.tree import gated
+from tamzoo.tree import climb, gated
 
 GATE_TOLERANCE = 1e-4  # largest width (maximum - minimum) of a measured gate that counts as static
 
@@ -58,7 +58,7 @@ class TAM(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The gate Z of Eq. 2: (n, c, h, w) -> (n, 1, h, w), in (0, 1)."""
-        return torch.sigmoid(self.tree(x))
+        return torch.sigmoid(climb(x, self.tree))
 
     @torch.no_grad()
     def gate_at_zero(self) -> float:

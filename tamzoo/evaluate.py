@@ -70,7 +70,7 @@ def score_of(logits: Tensor, labels: Tensor, dataset: Dataset, note: str = "") -
 
 
 def evaluate(
-    model: nn.Module, split: Split, dataset: Dataset, batch_size: int = 256, progress: Progress = silent
+    model: nn.Module, split: Split, dataset: Dataset, batch_size: int = 250, progress: Progress = silent
 ) -> Score:
     """Score of a model on a split."""
     return score_of(logits_of(model, split, dataset, batch_size, progress), split.labels, dataset, split.note)

@@ -113,8 +113,7 @@ def train_entries(
                         for split in ("train", "test")
                     ]
                 }
-            left = ends - time.monotonic()
-            if not _train_entry(name, out, splits[dataset.tag], order, left, world, voice):
+            if not _train_entry(name, out, splits[dataset.tag], order, ends, world, voice):
                 return False
         except (ValueError, OSError, RuntimeError) as error:
             if len(folders) == 1 or world.size > 1:
@@ -145,7 +144,7 @@ def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
 
 
 def _train_entry(
-    name: str, out: Path, splits: list[Split], order: Order, budget: float, world: World, voice: Voice
+    name: str, out: Path, splits: list[Split], order: Order, ends: float, world: World, voice: Voice
 ) -> bool:
     recipe = order.recipe_on(ENTRIES[name].dataset.tag)
     precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")
@@ -175,7 +174,7 @@ def _train_entry(
             f"test error {row['test_top1_error']:.2f} %, {row['images_per_s']:,.0f} images/s"
         )
 
-    if not run.train(budget, voice.watch, report):
+    if not run.train(ends - time.monotonic(), voice.watch, report):
         voice.say(
             f"{name}: stopped after step {run.step} of {run.steps}; the same command with --resume goes on"
         )

@@ -190,7 +190,8 @@ class Run:
 
     def _train(self, clock: Clock, watch: Watch, report: Callable[[dict[str, float]], None]) -> bool:
         self._clock, self._begun, self._images = clock, self.step, 0  # of this session
-        self._timed = 0, time.monotonic()
+        self._timed = 0, time.monotonic()  # images and time from which the rate is told
+        self._paced = self.step, time.monotonic()  # step and time from which what is left is told
         while self.step < self.steps and not self._must_stop():
             if self._epoch(watch) and self.world.first:
                 report(self._finish_epoch())
@@ -209,12 +210,14 @@ class Run:
             except OSError as error:  # the run may outlive a full disk
                 logger.warning("%s; going on with the snapshot before", error)
             self._clock.snapshot_ended(began)
+            images, since = self._timed
+            self._timed = images, since + time.monotonic() - began
         if self.world.size > 1 and self.step % STEPS_PER_LOOK:
             return False
         return self.world.first_says(self._clock.spent())
 
     def _images_per_s(self) -> float:
-        """Of this epoch; in a session's first, from after its first step, which may have compiled."""
+        """Of this epoch, but for snapshots; in a session's first, after its first step, which may compile."""
         images, began = self._timed
         return (self._images - images) / max(time.monotonic() - began, 1e-9)
 
@@ -239,6 +242,7 @@ class Run:
                 self._look(index, watch)
             if self.step == self._begun + 1 and index + 1 < self.steps_per_epoch:
                 self._timed = self._images, time.monotonic()
+                self._paced = self.step, time.monotonic()
             if index + 1 < self.steps_per_epoch and self._must_stop():
                 return False
         return True
@@ -248,6 +252,7 @@ class Run:
         loss = float(self._seen.numpy())
         if not isfinite(loss):
             self._check_losses()
+        step, since = self._paced
         moment = Moment(
             epoch=(self.step - 1) // self.steps_per_epoch + 1,
             epochs=self.recipe.epochs,
@@ -255,7 +260,7 @@ class Run:
             steps=self.steps,
             loss=loss,
             images_per_s=self._images_per_s(),
-            eta_s=(self.steps - self.step) * self._clock.elapsed() / (self.step - self._begun),
+            eta_s=(self.steps - self.step) * (time.monotonic() - since) / (self.step - step),
         )
         watch(moment)
 

@@ -29,10 +29,28 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
         (n, c, h, w), in the memory format of x.
     """
     if not _fits(x, tree):
-        return x * torch.sigmoid(tree(x))
+        return x * torch.sigmoid(climb(x, tree))
     parameters = torch.cat([parameter.flatten() for parameter in tree.parameters()])
     with _normalising_again(x):
         return gate_product(x, parameters)
+
+
+def climb(x: Tensor, tree: nn.Sequential) -> Tensor:
+    """tree(x): (n, c, h, w) -> (n, 1, h, w), on CUDA without cuDNN, which is slow at many tiny groups."""
+    return _by_levels(x, tree) if x.is_cuda and not _leaves_torch() else tree(x)
+
+
+def _by_levels(x: Tensor, tree: nn.Sequential) -> Tensor:
+    """tree(x), each convolution as a product and a sum over a group's channels: torch.compile fuses them."""
+    h = x
+    for layer in tree:
+        if isinstance(layer, nn.Conv2d):
+            assert layer.bias is not None
+            weight, bias = layer.weight.flatten(1)[..., None, None], layer.bias[:, None, None]
+            h = (h.unflatten(1, (layer.groups, -1)) * weight).sum(2) + bias
+        else:
+            h = layer(h)
+    return h.to(x.dtype)  # autocast leaves products in float32
 
 
 def _normalising_again(x: Tensor) -> AbstractContextManager:
@@ -62,16 +80,30 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
 
 
 def _fits(x: Tensor, tree: nn.Sequential) -> bool:
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
-        return False  # what leaves torch is made of standard operators
+    if _leaves_torch():
+        return False
     levels = (len(tree) + 1) // 2
     if x.dim() != 4 or x.numel() == 0 or x.shape[1] != 2**levels:  # no factor is below 2, so all are 2
         return False
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if x.is_cuda:
-        return HAS_TRITON and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _launches()
     return x.device.type == "cpu" and x.dtype in tree_cpu.DTYPES and _built()
+
+
+def _leaves_torch() -> bool:
+    """Whether the model is being exported: what leaves torch is made of standard operators."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result
+def _launches() -> bool:
+    if not HAS_TRITON:
+        return False
+    from tamzoo import tree_triton
+
+    return tree_triton.works()
 
 
 @torch.compiler.assume_constant_result

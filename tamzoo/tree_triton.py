@@ -10,6 +10,9 @@ the same result every time.
 # Triton's language is not Python's in types
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 
+import logging
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +22,8 @@ FORWARD_WARPS, BACKWARD_WARPS = 8, 4
 FORWARD = 8192  # elements of x in one program: 32 registers a thread
 BACKWARD = 1024  # fewer: parameters and the sums of their gradients take eight times as many registers
 MOST_ROWS = 256  # of few channels, so that the grid is not too small
+
+logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -143,6 +148,18 @@ def _warps(channels: int, least: int) -> int:
 def _programs(channels: int) -> int:
     """Backward programs whose registers fit a processor at once: 65536 of them, 128 to 234 a thread."""
     return 3 if channels <= 256 else 2 if channels <= 1024 else 1
+
+
+@cache
+def works() -> bool:
+    """Whether the kernels run on the GPU here; where they do not, the log says why."""
+    try:
+        forward(torch.ones(1, 2, 1, 1, device="cuda"), torch.ones(3, device="cuda")).tolist()
+    except Exception as error:  # Triton, its compilers and the driver share no kind
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning("running TAM layer by layer, which is slower: Triton fails on this GPU (%s)", told[0])
+        return False
+    return True
 
 
 def forward(x: Tensor, parameters: Tensor) -> Tensor:

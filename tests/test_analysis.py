@@ -19,6 +19,7 @@ from tamzoo.checkpoint import save_weights, sha256_of
 from tamzoo.findings import ANALYSIS, Analysis, read_analysis
 from tamzoo.gates import measure_gates
 from tamzoo.journal import LOG_FIELDS
+from tamzoo.learner import set_cudnn
 from tamzoo.records import read_record
 from tamzoo.staging import stage
 from tamzoo.verify import verify_folder, write_cards
@@ -80,6 +81,7 @@ def test_an_analysis_holds_every_study(found, runs):
 
 @pytest.mark.gpu
 def test_gpu_finds_the_same(found, runs):
+    set_cudnn()  # as the command does
     peers = [subjects.subject(str(runs[attention])) for attention in ("se", "cbam")]
     there = analyse(subjects.subject(str(runs["tam"])), peers, SPLIT.to(torch.device("cuda")))
     assert [row.name for row in there.lesions] == [row.name for row in found.lesions]

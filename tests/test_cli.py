@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -33,6 +35,12 @@ def test_list_shows_every_row_and_patterns_narrow_it(tamzoo):
     assert code == 0 and len(out.split()) == 5 * 4
     code, out, err = tamzoo("list", "vgg*")
     assert code == 2 and not out and "nothing matches 'vgg*'" in err
+
+
+def test_the_package_runs_as_a_command():
+    command = [sys.executable, "-m", "tamzoo", "list", "vgg*"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "nothing matches 'vgg*'" in done.stderr
 
 
 def test_info_tells_the_papers_cell(tamzoo):

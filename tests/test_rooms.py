@@ -15,6 +15,7 @@ ROOMS = tuple(
     quantise predict parts answers batch batch_ray spreads studies latency results verify staging
     publish clock distributed snapshots journal subjects analysis learner train finish session sweep plots
     plots_analysis terminal cli_predict cli_analyze cli_gates cli_export cli_demo cli_train cli_hub cli
+    __main__
     """.split()
 )
 PACKAGE = Path(tamzoo.__file__).parent

@@ -331,21 +331,27 @@ def test_one_process_at_a_time_trains_in_a_folder(stopped):
     assert run.train()
 
 
-def test_the_rate_counts_images_and_leaves_out_the_first_step_which_compiles(tmp_path, monkeypatch):
-    now = 0.0
+def test_rate_and_time_left_are_not_those_of_the_first_step_which_compiles(tmp_path, monkeypatch):
+    now, seen = 0.0, []
     monkeypatch.setattr("tamzoo.train.time", SimpleNamespace(monotonic=lambda: now))
     run = tiny_run(tmp_path)
-    learn = run.learner.learn
+    learn, save = run.learner.learn, run.save
 
     def compile_first(split, chosen, step, lr):
         nonlocal now
         now += 1 if step else 30
         return learn(split, chosen, step, lr)
 
-    run.learner.learn = compile_first
-    run.train()
+    def save_slowly():
+        nonlocal now
+        now += 5
+        save()
+
+    run.learner.learn, run.save = compile_first, save_slowly
+    run.train(watch=seen.append)
     rates = [row["images_per_s"] for row in journal.read_log(tmp_path)]
-    assert rates == [12 / 2, 6.7, 6.7]  # three steps of 8, 8 and 4 images
+    assert rates == [12 / 2, 6.7, 6.7]  # three steps of 8, 8 and 4 images, snapshots left out
+    assert [moment.eta_s for moment in seen[:3]] == [8 * 35, 7 * 6, 6 * 6]  # a snapshot before each step
 
 
 def test_float32_is_not_rounded_to_tf32(tmp_path, monkeypatch):

@@ -212,6 +212,25 @@ def test_other_trees_are_computed_plainly(channels, group_size):
     assert differs(module(x), reference(module, x)) < 1e-12
 
 
+@pytest.mark.parametrize(("channels", "group_size"), [(1, 2), (6, 2), (16, 2), (9, 3), (16, 4), (2, 3)])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_levels_that_cuda_computes_are_those_of_the_tree(channels, group_size, layout):
+    module, x = shaken(channels, group_size=group_size), images(2, channels, 3, 4, layout=layout)
+    found, wanted = tree._by_levels(x, module.tree), module.tree(x)
+    assert found.shape == wanted.shape and differs(found, wanted) < 1e-12
+    pairs = zip(gradients(module, x, found), gradients(module, x, wanted), strict=True)
+    assert all(differs(one, other) < 1e-12 for one, other in pairs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that is not there")
+def test_where_triton_cannot_run_the_log_says_so(caplog):
+    tree_triton = pytest.importorskip("tamzoo.tree_triton")
+    tree_triton.works.cache_clear()
+    assert not tree_triton.works() and not tree_triton.works()
+    (message,) = caplog.messages  # once
+    assert "layer by layer" in message and "Triton fails on this GPU" in message
+
+
 def test_empty_batch_passes():
     assert shaken(8)(images(0, 8, 3, 3)).shape == (0, 8, 3, 3)
 
