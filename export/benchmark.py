@@ -25,8 +25,9 @@ from tamzoo.catalogue import BACKBONES
 from tamzoo.datasets import DATASETS
 from tamzoo.learner import set_cudnn
 from tamzoo.terminal import one_sentence
+from tamzoo.tree import by_levels
 
-VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam")
+VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam", "tam-levels")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DEFAULTS = {"model": "resnet18", "tag": "cifar10", "batch": 32, "rounds": 20, "warmup": 3}
 COLUMNS = ("variant", "step_ms", "ratio", "images_per_s", "peak_mb", "peak_ratio", "matrix_peak")
@@ -41,6 +42,17 @@ class ReferenceTAM(TAM):
         return x * torch.sigmoid(self.tree(x))
 
 
+class LevelsTAM(TAM):
+    """TAM as products and sums, for torch.compile to fuse with what is around it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forget_gate()
+        return x * torch.sigmoid(by_levels(x, self.tree))
+
+
+FORMULATIONS = {"": TAM, "reference": ReferenceTAM, "levels": LevelsTAM}
+
+
 class Trainer:
     """One variant's model and optimizer, stepping on one batch of noise."""
 
@@ -49,12 +61,12 @@ class Trainer:
         set_cudnn()
         if options.threads:
             torch.set_num_threads(options.threads)
-        attention, _, reference = variant.partition("-")
+        attention, _, formulation = variant.partition("-")
         device, layout = torch.device(options.device), FORMATS[options.format]
         self.model: Any = timm.create_model(f"{options.model}_{attention}.{options.tag}")
         for module in self.model.modules():
-            if reference and type(module) is TAM:
-                module.__class__ = ReferenceTAM
+            if type(module) is TAM:
+                module.__class__ = FORMULATIONS[formulation]
         self.model.to(device, memory_format=layout).train()
         self.call = torch.compile(self.model) if options.compile else self.model
         size = self.model.pretrained_cfg["input_size"]
@@ -213,7 +225,7 @@ def main() -> None:
     for name, default in DEFAULTS.items():
         choices = {"model": BACKBONES, "tag": DATASETS}.get(name)
         command.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
-    command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:-1])
     command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     command.add_argument("--format", choices=FORMATS, default="channels_last")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

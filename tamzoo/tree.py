@@ -37,10 +37,10 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
 
 def climb(x: Tensor, tree: nn.Sequential) -> Tensor:
     """tree(x): (n, c, h, w) -> (n, 1, h, w), on CUDA without cuDNN, which is slow at many tiny groups."""
-    return _by_levels(x, tree) if x.is_cuda and not _leaves_torch() else tree(x)
+    return by_levels(x, tree) if x.is_cuda and not _leaves_torch() else tree(x)
 
 
-def _by_levels(x: Tensor, tree: nn.Sequential) -> Tensor:
+def by_levels(x: Tensor, tree: nn.Sequential) -> Tensor:
     """tree(x), each convolution as a product and a sum over a group's channels: torch.compile fuses them."""
     h = x
     for layer in tree:

@@ -95,14 +95,19 @@ def test_bad_options_are_one_sentence(command, tmp_path):
 
 def test_training_is_compared_and_its_longest_kernels_are_named():
     command = [sys.executable, "-m", "export.benchmark", "train", "--model", "resnet20", "--device", "cpu"]
-    command += "--batch 2 --rounds 2 --warmup 1 --threads 1 --variants plain tam --kernels 4".split()
+    command += (
+        "--batch 2 --rounds 2 --warmup 1 --threads 1 --variants plain tam tam-levels --kernels 4".split()
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    told, columns, plain, tam, *kernels = filter(None, done.stdout.splitlines())
+    told, columns, plain, tam, levels, *kernels = filter(None, done.stdout.splitlines())
     assert "model=resnet20" in told and columns.split() == list(benchmark.COLUMNS)
     assert plain.split()[2] == plain.split()[5] == "1.0" and float(tam.split()[1]) > 0
-    assert [line for line in kernels if "%" not in line] == ["longest of plain:", "longest of tam:"]
-    assert len(kernels) == 10 and any("convolution_backward" in line for line in kernels[1:5])
-    shares = [float(line.split("%")[0]) for line in kernels[6:]]
+    assert levels.split()[0] == "tam-levels" and float(levels.split()[5]) > float(tam.split()[5])
+    assert [line for line in kernels if "%" not in line] == [
+        f"longest of {variant}:" for variant in ("plain", "tam", "tam-levels")
+    ]
+    assert len(kernels) == 15 and any("convolution_backward" in line for line in kernels[1:5])
+    shares = [float(line.split("%")[0]) for line in kernels[6:10]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
 
 

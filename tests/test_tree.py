@@ -216,7 +216,7 @@ def test_other_trees_are_computed_plainly(channels, group_size):
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_levels_that_cuda_computes_are_those_of_the_tree(channels, group_size, layout):
     module, x = shaken(channels, group_size=group_size), images(2, channels, 3, 4, layout=layout)
-    found, wanted = tree._by_levels(x, module.tree), module.tree(x)
+    found, wanted = tree.by_levels(x, module.tree), module.tree(x)
     assert found.shape == wanted.shape and differs(found, wanted) < 1e-12
     pairs = zip(gradients(module, x, found), gradients(module, x, wanted), strict=True)
     assert all(differs(one, other) < 1e-12 for one, other in pairs)
