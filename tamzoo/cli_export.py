@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tamzoo.terminal import Data, Name, Weights, bar, load_model, test_pixels
+from tamzoo.terminal import Name, Sample, Weights, bar, load_model, test_pixels
 
 
 def export(
@@ -24,7 +24,7 @@ def export(
     uint8: Annotated[
         bool, typer.Option(help="Take raw (n, h, w, 3) bytes and normalise in the graph.")
     ] = False,
-    data: Data = None,
+    data: Sample = None,
     weights: Weights = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is folded.")] = None,
 ) -> None:

@@ -13,6 +13,7 @@ from tamzoo.terminal import (
     Data,
     Device,
     Name,
+    Sample,
     Weights,
     bar,
     device_called,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def gates(
     name: Name,
-    data: Data = None,
+    data: Sample = None,
     weights: Weights = None,
     images: Annotated[int, typer.Option(min=2, help="How many.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,

@@ -27,6 +27,12 @@ Weights = Annotated[Path | None, typer.Option(help="A safetensors file in place 
 Data = Annotated[
     Path | None, typer.Option(help="Folder with the data, or hub to download it (default: $TAMZOO_DATA).")
 ]
+Sample = Annotated[
+    Path | None,
+    typer.Option(
+        help="As for tamzoo evaluate; with neither it nor $TAMZOO_DATA, crops of the shipped pictures and noise."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, or cuda where there is a GPU.")]
 
 
