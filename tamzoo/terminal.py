@@ -30,7 +30,7 @@ Data = Annotated[
 Sample = Annotated[
     Path | None,
     typer.Option(
-        help="As for tamzoo evaluate; with neither it nor $TAMZOO_DATA, crops of the shipped pictures and noise."
+        help="As for evaluate; with neither it nor $TAMZOO_DATA, crops of shipped pictures and noise."
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, or cuda where there is a GPU.")]
