@@ -36,7 +36,7 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
 
 
 def climb(x: Tensor, tree: nn.Sequential) -> Tensor:
-    """tree(x): (n, c, h, w) -> (n, 1, h, w), on CUDA without cuDNN, which is slow at many tiny groups."""
+    """tree(x): (n, c, h, w) -> (n, 1, h, w), on CUDA without cuDNN, known to be slow at many tiny groups."""
     return by_levels(x, tree) if x.is_cuda and not _leaves_torch() else tree(x)
 
 
