@@ -92,6 +92,7 @@ def _fits(x: Tensor, tree: nn.Sequential) -> bool:
     return x.device.type == "cpu" and x.dtype in tree_cpu.DTYPES and _built()
 
 
+@torch.compiler.assume_constant_result  # asked by Dynamo itself, is_exporting() is true in torch 2.11
 def _leaves_torch() -> bool:
     """Whether the model is being exported: what leaves torch is made of standard operators."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
