@@ -19,6 +19,9 @@ class Trained:
 
 
 _SHA256 = {  # of model.safetensors, by recipe
+    "short": {
+        "resnet50_tam.cifar100": "27d891bfb68068c29e47a0a019fd91b0a3b6eb43e4a4d48a8d0c58ad06a0e597",
+    },
     "short-cpu": {
         "resnet18_tam.cifar100": "480ae37b2698c9b4d520648cfb83a45b00ae1b52f065d7aa2ad93674a99b144f",
         "resnet18_plain.cifar100": "670c529302a944ea7380d0bb81e495d791e6fe944f716c39bcd12353a0368467",
@@ -34,7 +37,6 @@ _SHA256 = {  # of model.safetensors, by recipe
         "wrn16_8_tam.cifar100": "273a3c0ae3de03501256075abf0bf97decc79065de3e699d382884b85b828ec9",
     },
     "restart-cpu": {
-        "resnet50_tam.cifar100": "926d7078566dec947017ea7c228da4f8b1b6b2959904e65240b2342a16c5d197",
         "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",
     },
 }
