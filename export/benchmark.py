@@ -24,6 +24,7 @@ from tamzoo.attention import TAM
 from tamzoo.catalogue import BACKBONES
 from tamzoo.datasets import DATASETS
 from tamzoo.learner import set_cudnn
+from tamzoo.replay import Replayed
 from tamzoo.terminal import one_sentence
 from tamzoo.tree import by_levels
 
@@ -74,14 +75,20 @@ class Trainer:
         self.labels = torch.randint(self.model.num_classes, (options.batch,), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
+        self._replayed = Replayed(self._update) if options.cuda_graph else self._update
 
     def step(self) -> None:
         """One training step."""
+        self._replayed(self.x, self.labels)
+
+    def _update(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with self.autocast:
-            logits = self.call(self.x)
+            logits = self.call(x)
         self.optimizer.zero_grad()
-        cross_entropy(logits.float(), self.labels).backward()
+        loss = cross_entropy(logits.float(), labels)
+        loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
     def prepare(self) -> None:
         """The first step, which may compile; cuDNN's search waits until no other process disturbs it."""
@@ -105,9 +112,9 @@ class Trainer:
 
     def peak_bytes(self) -> int:
         """Most memory that tensors hold at once in a training step."""
-        if self.x.is_cuda:
+        if self.x.is_cuda:  # a replay allocates nothing
             torch.cuda.reset_peak_memory_stats()
-            self.step()
+            self._update(self.x, self.labels)
             return torch.cuda.max_memory_allocated()
         states = self.optimizer.state.values()
         held = [*self.model.state_dict().values(), self.x, *(state["momentum_buffer"] for state in states)]
@@ -123,14 +130,15 @@ class Trainer:
         """Of one step's convolutions and matrix products."""
         call, self.call = self.call, self.model  # the counter does not see inside compiled code
         with FlopCounterMode(display=False) as counter:
-            self.step()
+            self._update(self.x, self.labels)
         self.call = call
         return counter.get_total_flops()
 
     def kernels(self) -> list[tuple[str, float]]:
-        """Shares of the time of five steps, longest first: kernels on CUDA, operators on CPUs."""
+        """Milliseconds in a step, longest first: of kernels on CUDA, of operators on CPUs."""
+        steps = 5
         with torch.profiler.profile() as profile:
-            for _ in range(5):
+            for _ in range(steps):
                 self.step()
             self._wait()
         device = self.x.device.type
@@ -138,9 +146,8 @@ class Trainer:
         if self.x.is_cuda:  # annotations span the kernels that they name
             rows = [row for row in rows if not row.is_user_annotation]
         field = "self_device_time_total" if self.x.is_cuda else "self_cpu_time_total"
-        times = {row.key: getattr(row, field) for row in rows}
-        whole = sum(times.values())
-        return sorted(((name, time / whole) for name, time in times.items()), key=lambda row: -row[1])
+        times = [(row.key, getattr(row, field) / 1e3 / steps) for row in rows]  # microseconds
+        return sorted(times, key=lambda row: -row[1])
 
 
 def _serve(variant: str, options: argparse.Namespace, pipe: Any) -> None:
@@ -154,11 +161,13 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
     """A table of COLUMNS, one row a variant; and, where `options.kernels` asks for it, each one's kernels.
 
     Raises:
-        ValueError: no such device, or counts below their least.
+        ValueError: no such device, none that has CUDA graphs, or counts below their least.
         RuntimeError: a variant's process died; its own message is on stderr.
     """
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: torch {torch.__version__} finds no CUDA device here")
+    if options.cuda_graph and not options.device.startswith("cuda"):
+        raise ValueError(f"--cuda-graph needs --device cuda, got {options.device}")
     for name, least in {"batch": 1, "rounds": 1, "warmup": 0, "threads": 0, "kernels": 0}.items():
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
@@ -210,10 +219,11 @@ def print_training(options: argparse.Namespace) -> None:
     print(*(f"{name}={value}" for name, value in told.items()), f"torch={torch.__version__}")
     for row in table:
         print("".join(f"{cell!s:>15}" for cell in row))
-    for variant, shares in kernels.items():
-        print(f"\nlongest of {variant}:")
-        for name, share in shares[: options.kernels]:
-            print(f"{share:7.1%}  {name}")
+    for variant, times in kernels.items():
+        whole = sum(spent for _, spent in times)
+        print(f"\nlongest of {variant}, {whole:.3f} ms a step in all:")
+        for name, spent in times[: options.kernels]:
+            print(f"{spent / whole:7.1%}  {name}")
 
 
 def main() -> None:
@@ -231,6 +241,7 @@ def main() -> None:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--threads", type=int, default=0, help="0: as many as torch chooses")
     command.add_argument("--compile", action="store_true")
+    command.add_argument("--cuda-graph", action="store_true", help="replay a captured step")
     command.add_argument(
         "--kernels", type=int, default=0, metavar="N", help="also the N longest kernels of each variant"
     )

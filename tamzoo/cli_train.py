@@ -50,6 +50,9 @@ def train(
         str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.cifar*'.")
     ] = "*",
     compile: Compile = None,
+    cuda_graph: Annotated[
+        bool, typer.Option(help="Replay a captured step, in one launch; on one process on CUDA.")
+    ] = False,
     initial_checkpoint: Annotated[
         Path | None, typer.Option(help="Begin with the weights of this finished run of the same entry.")
     ] = None,
@@ -70,6 +73,7 @@ def train(
         precision=precision,
         resume=resume or queue,
         compiled=compile,
+        cuda_graph=cuda_graph,
         start=initial_checkpoint,
     )
     with _session() as (world, voice):

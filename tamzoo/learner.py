@@ -1,8 +1,10 @@
 """One training step: forward, loss, backward, SGD, average, on the device and without waiting for it."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tamzoo.checkpoint import load_weights
 from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.recipes import Recipe
+from tamzoo.replay import Replayed
 
 MOST_SEED = 2**31 - 1  # `seed_of` makes 64-bit numbers of it
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -36,6 +39,7 @@ class Learner:
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own.
         start: Weights to begin with, in place of random ones.
+        cuda_graph: Whether whole batches replay a captured step; of one process on CUDA.
     Raises:
         ValueError: no such precision or seed; or `start` is not of this model.
     """
@@ -51,6 +55,7 @@ class Learner:
         world: World,
         model_args: dict[str, Any] | None = None,
         start: Path | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -84,6 +89,9 @@ class Learner:
         pairs = zip(self.kept.state_dict().values(), self.model.state_dict().values(), strict=True)
         floats = [pair for pair in pairs if recipe.ema_decay and pair[0].is_floating_point()]
         self._averages, self._averaged = [pair[0] for pair in floats], [pair[1] for pair in floats]
+        self._replayed: dict[torch.Size, Replayed] | None = {} if cuda_graph else None  # by the images' shape
+        if cuda_graph:  # a number would be captured
+            self.optimizer.param_groups[0]["lr"] = torch.zeros((), device=world.device)
         self._generator = torch.Generator(world.device)
 
     def state(self) -> dict[str, Tensor]:
@@ -115,19 +123,38 @@ class Learner:
         self._generator.manual_seed(seed_of(self.seed, step, salt=2))
         draws = draw(n, recipe, self.dataset, self._generator)[share]
         x = shrink(augment(split.pixels[mine], draws, recipe, self.dataset), recipe, fraction)
-        forward = self._full_forward if n == recipe.batch_size else self._forward
-        with self.autocast():
-            logits = forward(x)
-        logits = logits if self._dtype is None else logits.float()
-        loss = cross_entropy(logits, split.labels[mine], label_smoothing=recipe.label_smoothing)
-        self.optimizer.zero_grad()
-        (loss * (len(mine) * self.world.size / n)).backward()  # the ranks' gradients are averaged
-        for group in self.optimizer.param_groups:
+        whole, group = n == recipe.batch_size, self.optimizer.param_groups[0]
+        update = partial(
+            self._update,
+            self._full_forward if whole else self._forward,
+            len(mine) * self.world.size / n,
+        )
+        if self._replayed is None:
             group["lr"] = recipe.lr_at(fraction)
-        self.optimizer.step()
+        else:
+            group["lr"].fill_(recipe.lr_at(fraction))
+            update = self._replayed.setdefault(x.shape, Replayed(update)) if whole else update
+        loss = update(x, split.labels[mine])
         if self._averages:
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
             torch._foreach_lerp_(self._averages, self._averaged, 1 - decay)
+        return loss
+
+    def _update(
+        self, forward: Callable[[Tensor], Tensor], weight: float, x: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The step on prepared images; the mean loss.
+
+        Args:
+            weight: Of this rank's gradients: the ranks' are averaged.
+        """
+        with self.autocast():
+            logits = forward(x)
+        logits = logits if self._dtype is None else logits.float()
+        loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad()
+        (loss * weight).backward()
+        self.optimizer.step()
         return loss.detach()
 
 

@@ -29,6 +29,7 @@ class Order:
     precision: str | None = None  # None: bfloat16 on CUDA, float32 on CPUs
     resume: bool = False
     compiled: bool | None = None  # None: on CUDA
+    cuda_graph: bool = False  # replay a captured step
     model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own
     start: Path | None = None  # folder of the finished run whose weights training begins with
 
@@ -85,9 +86,14 @@ def train_entries(
     Returns:
         Whether all are done.
     Raises:
-        ValueError: no such entry or recipe, or what `load_split` and `Run` raise; of several entries, at
-            the end, which failed (on several processes, the first failure).
+        ValueError: no such entry or recipe, a CUDA graph elsewhere than on one process on CUDA, or what
+            `load_split` and `Run` raise; of several entries, at the end, which failed (on several
+            processes, the first failure).
     """
+    if order.cuda_graph and (world.device.type != "cuda" or world.size > 1):
+        raise ValueError(
+            f"--cuda-graph needs one process on CUDA, found {world.size} on {world.device.type}; leave it out"
+        )
     ends, failed = time.monotonic() + time_budget, []
     if not folders:
         voice.say("nothing to train: every such entry has weights of this recipe")
@@ -157,6 +163,7 @@ def _train_entry(
         precision=precision,
         resume=order.resume,
         compiled=order.compiled,
+        cuda_graph=order.cuda_graph,
         world=world,
         model_args=order.model_args,
         start=order.start,

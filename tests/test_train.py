@@ -431,6 +431,55 @@ def test_no_step_on_cuda_waits_for_the_device(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_replayed_step_learns_the_same(tmp_path, monkeypatch):
+    """The bookkeeping, with a capture that calls the function again; on CUDA the test below."""
+    wanted = tiny_run(tmp_path / "called")
+    wanted.train()
+    captured = []
+
+    def capture(function, inputs):
+        output = torch.zeros(())
+        captured.append(inputs[0].shape[2:])
+        return lambda: output.copy_(function(*inputs)), output
+
+    monkeypatch.setattr("tamzoo.replay.capture", capture)
+    monkeypatch.setattr("tamzoo.replay._aside", lambda function, inputs: function(*inputs))
+    monkeypatch.setattr("tamzoo.replay.WARM_UP", 1)
+    run = tiny_run(tmp_path / "replayed", cuda_graph=True)
+    run.train()
+    assert captured == [(24, 24), (32, 32)]
+    for name, tensor in run.learner.state().items():
+        torch.testing.assert_close(tensor, wanted.learner.state()[name], rtol=1e-5, atol=1e-6)
+    losses = [[row["train_loss"] for row in journal.read_log(each.out)] for each in (run, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled):
+    from tamzoo.train import Run
+
+    splits, states = [random_split(n, n).to(torch.device("cuda")) for n in (100, 12)], []
+    recipe = replace(RECIPE, small_until=0.0)  # 12 whole batches an epoch, then half a one
+    for cuda_graph in (False, True):
+        options = {"precision": "float32", "compiled": compiled, "cuda_graph": cuda_graph}
+        run = Run(ENTRY, recipe, *splits, out=tmp_path / str(cuda_graph), **options)
+        run.train()
+        states.append(run.learner.state())
+    for name, tensor in states[0].items():  # a step's rounding differs from run to run, and grows
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=1e-2)
+
+
+def test_a_cuda_graph_needs_cuda(tmp_path):
+    from tamzoo.distributed import World
+    from tamzoo.progress import SILENT
+    from tamzoo.session import Order, train_entries
+
+    world = World(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs one process on CUDA, found 1 on cpu"):
+        train_entries({ENTRY.name: tmp_path}, Order(cuda_graph=True), None, 1.0, world, SILENT)
+
+
 def test_a_watch_sees_where_the_run_is(tmp_path):
     seen, rows = [], []
     tiny_run(tmp_path).train(watch=seen.append, report=rows.append)
