@@ -263,6 +263,18 @@ def test_compile_keeps_one_graph_and_the_gradients():
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)  # float64; the order of sums may differ
 
 
+@needs_compiler
+def test_a_compiled_model_uses_the_kernel():
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(shaken(16), backend=backend, fullgraph=True)(images(2, 16, 3, 3))
+    assert "tamzoo.gate_product.default" in called
+
+
 def test_state_dict_names_the_layers_of_the_tree():
     names = [name for name in TAM(4).state_dict() if name != "measured_gate"]
     assert names == ["tree.0.weight", "tree.0.bias", "tree.1.weight", "tree.2.weight", "tree.2.bias"]
