@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from export import benchmark_infer
+from export import benchmark_gate, benchmark_infer
 from tamzoo.allocator import keep_freed_memory
 from tamzoo.attention import TAM
 from tamzoo.catalogue import BACKBONES
@@ -230,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m export.benchmark")
     commands = parser.add_subparsers(required=True)
     benchmark_infer.add_options(commands.add_parser("infer", description=benchmark_infer.__doc__))
+    benchmark_gate.add_options(commands.add_parser("gate", description=benchmark_gate.__doc__))
     command = commands.add_parser("train", description=__doc__)
     command.set_defaults(run=print_training)
     for name, default in DEFAULTS.items():

@@ -137,6 +137,27 @@ def test_a_training_process_that_dies_ends_the_benchmark():
     assert done.returncode == 2 and "the process of plain died; what it said is above" in done.stderr
 
 
+def test_the_gate_is_timed_beside_a_copy(monkeypatch, capsys):
+    options = "--channels 4 64 --elements 8192 --rounds 3 --device cpu --precision float32"
+    monkeypatch.setattr(sys, "argv", ["benchmark", "gate", *options.split()])
+    benchmark.main()
+    told, columns, *rows = capsys.readouterr().out.splitlines()
+    assert "elements=8192" in told and columns.split()[:2] == ["channels", "copy"]
+    cells = [[float(cell) for cell in row.split()] for row in rows]
+    assert [row[0] for row in cells] == [4, 64] and all(len(row) == 6 for row in cells)
+    assert all(cell >= 0 for row in cells for cell in row)
+
+
+@pytest.mark.parametrize("channels", ["3", "1", "16384"])
+def test_channels_that_the_product_does_not_take_are_one_sentence(monkeypatch, capsys, channels):
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark", "gate", "--channels", channels, "--elements", "8192", "--device", "cpu"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main()
+    assert stop.value.code == 2 and f"powers of two from 2 to 8192, got {channels}" in capsys.readouterr().err
+
+
 def test_the_table_has_a_row_a_program():
     row = Timing(name="plain", rounds=3, median_ms=2, ratio=1, ratio_low=1, ratio_high=1)
     assert markdown({1: [row], 16: [row]}).splitlines() == [
