@@ -7,6 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tamzoo.catalogue import ENTRIES, QUEUE, Entry
 from tamzoo.checkpoint import read_finished
 from tamzoo.data import Split, data_directory, load_split
@@ -89,6 +91,7 @@ def train_entries(
         ValueError: no such entry or recipe, a CUDA graph elsewhere than on one process on CUDA, or what
             `load_split` and `Run` raise; of several entries, at the end, which failed (on several
             processes, the first failure).
+        RuntimeError: the device failed for good; the entries after are left alone.
     """
     if order.cuda_graph and (world.device.type != "cuda" or world.size > 1):
         raise ValueError(
@@ -124,6 +127,8 @@ def train_entries(
         except (ValueError, OSError, RuntimeError) as error:
             if len(folders) == 1 or world.size > 1:
                 raise
+            if isinstance(error, torch.AcceleratorError):  # after one, nothing runs on the device any more
+                raise RuntimeError(f"{name}: {error}") from error
             voice.say(f"{name}: failed: {error}")
             failed.append(name)
     if failed:

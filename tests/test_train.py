@@ -612,6 +612,18 @@ def test_a_failing_entry_does_not_stop_the_queue(small_data):
     assert (folders[names[1]] / "record.json").is_file()
 
 
+def test_a_failing_device_stops_the_queue(small_data, monkeypatch):
+    def fail(run, *_):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("tamzoo.train.Run.train", fail)
+    names, said = ["resnet20_tam.cifar10", "wrn10_4_tam.cifar10"], []
+    folders = {name: small_data / name for name in names}
+    with pytest.raises(RuntimeError, match=f"^{names[0]}: CUDA error: an illegal memory access"):
+        train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, Voice(say=said.append))
+    assert not folders[names[1]].exists() and len(said) == 1
+
+
 def test_the_command_trains_and_draws(small_data, monkeypatch):
     from typer.testing import CliRunner
 
