@@ -15,6 +15,7 @@ from tamzoo.learner import PRECISIONS
 from tamzoo.tree import gate_product, gate_product_backward
 
 COLUMNS = ("channels", "copy GB/s", "forward ms", "of a copy's rate", "backward ms", "of a copy's rate")
+CALLS = 10  # before a wait for the device, which share what starting and waiting cost
 PASSES = {"copy": 2, "forward": 2, "backward": 3}  # over a tensor of x's size
 
 
@@ -52,17 +53,16 @@ def rates(channels: int, options: argparse.Namespace) -> tuple[float, ...]:
         "forward": partial(gate_product, x, parameters),
         "backward": partial(gate_product_backward, grad, x, parameters),
     }
-    times = time_in_turns({name: partial(_ten, work, x) for name, work in works.items()}, options.rounds)
-    copy, *others = [row.median_ms / 10 for row in times]
-    told = [channels, PASSES["copy"] * x.nbytes / copy / 1e6]
-    for row, time in zip(times[1:], others, strict=True):
-        told += [time, PASSES[row.name] / PASSES["copy"] / row.ratio]
+    times = time_in_turns({name: partial(_often, work, x) for name, work in works.items()}, options.rounds)
+    copy, *others = times
+    told = [channels, PASSES["copy"] * x.nbytes * CALLS / copy.median_ms / 1e6]
+    for row in others:
+        told += [row.median_ms / CALLS, PASSES[row.name] / PASSES["copy"] / row.ratio]
     return tuple(told)
 
 
-def _ten(work: Callable[[], object], x: Tensor) -> None:
-    """Ten times before a wait for the device: what starting and waiting cost is shared."""
-    for _ in range(10):
+def _often(work: Callable[[], object], x: Tensor) -> None:
+    for _ in range(CALLS):
         work()
     if x.is_cuda:
         torch.cuda.synchronize()

@@ -115,7 +115,7 @@ class Learner:
             step: Of the whole run; what is random depends on it and the seed alone.
             fraction: Of the training that is done, for the recipe's learning rate and image size.
         Returns:
-            Mean loss of this rank's share, on the device, without its graph.
+            Mean loss of this rank's share, on the device, without its graph; the next step may overwrite it.
         """
         recipe, n = self.recipe, len(chosen)
         share = self.world.share(n)

@@ -471,13 +471,8 @@ def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled):
 
 
 def test_a_cuda_graph_needs_cuda(tmp_path):
-    from tamzoo.distributed import World
-    from tamzoo.progress import SILENT
-    from tamzoo.session import Order, train_entries
-
-    world = World(device=torch.device("cpu"))
     with pytest.raises(ValueError, match="needs one process on CUDA, found 1 on cpu"):
-        train_entries({ENTRY.name: tmp_path}, Order(cuda_graph=True), None, 1.0, world, SILENT)
+        train_entries({ENTRY.name: tmp_path}, Order(cuda_graph=True), None, 1.0, CPU, SILENT)
 
 
 def test_a_watch_sees_where_the_run_is(tmp_path):
