@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from export import benchmark_gate, benchmark_infer
 from tamzoo.allocator import keep_freed_memory
 from tamzoo.attention import TAM
+from tamzoo.block_end import join_ends
 from tamzoo.catalogue import BACKBONES
 from tamzoo.datasets import DATASETS
 from tamzoo.learner import set_cudnn
@@ -28,7 +29,7 @@ from tamzoo.replay import Replayed
 from tamzoo.terminal import one_sentence
 from tamzoo.tree import by_levels
 
-VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam", "tam-levels")
+VARIANTS = ("plain", "se", "cbam", "tam-reference", "tam", "tam-levels", "tam-joined")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DEFAULTS = {"model": "resnet18", "tag": "cifar10", "batch": 32, "rounds": 20, "warmup": 3}
 COLUMNS = ("variant", "step_ms", "ratio", "images_per_s", "peak_mb", "peak_ratio", "matrix_peak")
@@ -51,7 +52,7 @@ class LevelsTAM(TAM):
         return x * torch.sigmoid(by_levels(x, self.tree))
 
 
-FORMULATIONS = {"": TAM, "reference": ReferenceTAM, "levels": LevelsTAM}
+FORMULATIONS = {"": TAM, "reference": ReferenceTAM, "levels": LevelsTAM, "joined": TAM}
 
 
 class Trainer:
@@ -69,6 +70,8 @@ class Trainer:
             if type(module) is TAM:
                 module.__class__ = FORMULATIONS[formulation]
         self.model.to(device, memory_format=layout).train()
+        if formulation == "joined" and not join_ends(self.model):
+            raise ValueError(f"tam-joined: {options.model} has no block whose end can be joined")
         self.call = torch.compile(self.model) if options.compile else self.model
         size = self.model.pretrained_cfg["input_size"]
         self.x = torch.randn(options.batch, *size, device=device).to(memory_format=layout)
@@ -236,7 +239,7 @@ def main() -> None:
     for name, default in DEFAULTS.items():
         choices = {"model": BACKBONES, "tag": DATASETS}.get(name)
         command.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
-    command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:-1])
+    command.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:-2])
     command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     command.add_argument("--format", choices=FORMATS, default="channels_last")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -53,6 +53,10 @@ def train(
     cuda_graph: Annotated[
         bool, typer.Option(help="Replay a captured step, in one launch; on one process on CUDA.")
     ] = False,
+    join_ends: Annotated[
+        bool,
+        typer.Option(help="BatchNorm, TAM, sum and ReLU of a block in one kernel; on one process on CUDA."),
+    ] = False,
     initial_checkpoint: Annotated[
         Path | None, typer.Option(help="Begin with the weights of this finished run of the same entry.")
     ] = None,
@@ -74,6 +78,7 @@ def train(
         resume=resume or queue,
         compiled=compile,
         cuda_graph=cuda_graph,
+        joined=join_ends,
         start=initial_checkpoint,
     )
     with _session() as (world, voice):

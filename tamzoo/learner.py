@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tamzoo.augment import augment, draw, shrink
+from tamzoo.block_end import join_ends
 from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Entry
 from tamzoo.checkpoint import load_weights
@@ -40,6 +41,7 @@ class Learner:
         model_args: Of the model, beyond the entry's own.
         start: Weights to begin with, in place of random ones.
         cuda_graph: Whether whole batches replay a captured step; of one process on CUDA.
+        joined: Whether blocks train with their ends as one operation, where they can; of one process.
     Raises:
         ValueError: no such precision or seed; or `start` is not of this model.
     """
@@ -56,6 +58,7 @@ class Learner:
         model_args: dict[str, Any] | None = None,
         start: Path | None = None,
         cuda_graph: bool = False,
+        joined: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -68,6 +71,8 @@ class Learner:
         if start:
             load_weights(self.model, start, entry.name)
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if joined:
+            join_ends(self.model)
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
         self._forward = self._full_forward = world.spread(self.model)
         if compiled:

@@ -32,6 +32,7 @@ class Order:
     resume: bool = False
     compiled: bool | None = None  # None: on CUDA
     cuda_graph: bool = False  # replay a captured step
+    joined: bool = False  # the ends of blocks as one operation
     model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own
     start: Path | None = None  # folder of the finished run whose weights training begins with
 
@@ -88,15 +89,17 @@ def train_entries(
     Returns:
         Whether all are done.
     Raises:
-        ValueError: no such entry or recipe, a CUDA graph elsewhere than on one process on CUDA, or what
+        ValueError: no such entry or recipe, a CUDA graph or joined ends elsewhere than on one process on
+            CUDA, or what
             `load_split` and `Run` raise; of several entries, at the end, which failed (on several
             processes, the first failure).
         RuntimeError: the device failed for good; the entries after are left alone.
     """
-    if order.cuda_graph and (world.device.type != "cuda" or world.size > 1):
-        raise ValueError(
-            f"--cuda-graph needs one process on CUDA, found {world.size} on {world.device.type}; leave it out"
-        )
+    for option, asked in {"--cuda-graph": order.cuda_graph, "--join-ends": order.joined}.items():
+        if asked and (world.device.type != "cuda" or world.size > 1):
+            raise ValueError(
+                f"{option} needs one process on CUDA, found {world.size} on {world.device.type}; leave it out"
+            )
     ends, failed = time.monotonic() + time_budget, []
     if not folders:
         voice.say("nothing to train: every such entry has weights of this recipe")
@@ -169,6 +172,7 @@ def _train_entry(
         resume=order.resume,
         compiled=order.compiled,
         cuda_graph=order.cuda_graph,
+        joined=order.joined,
         world=world,
         model_args=order.model_args,
         start=order.start,

@@ -43,7 +43,7 @@ class Run:
         precision: "float32", or "bfloat16" for autocast.
         resume: Go on with the run in the folder, where there is one.
         compiled: Whether torch.compile makes the step; by default on CUDA.
-        cuda_graph: As of `Learner`.
+        cuda_graph: As of `Learner`; joined too.
         snapshot_seconds: Between two snapshots.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own: {"group_size": 4}.
@@ -66,6 +66,7 @@ class Run:
         resume: bool = False,
         compiled: bool | None = None,
         cuda_graph: bool = False,
+        joined: bool = False,
         snapshot_seconds: float = 60.0,
         world: World | None = None,
         model_args: dict[str, Any] | None = None,
@@ -103,6 +104,7 @@ class Run:
             model_args=self.model_args,
             start=start / WEIGHTS if start else None,
             cuda_graph=cuda_graph,
+            joined=joined,
         )
         if self.world.first:
             self.journal = Journal(

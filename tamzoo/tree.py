@@ -30,9 +30,13 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
     """
     if not _fits(x, tree):
         return x * torch.sigmoid(climb(x, tree))
-    parameters = torch.cat([parameter.flatten() for parameter in tree.parameters()])
     with _normalising_again(x):
-        return gate_product(x, parameters)
+        return gate_product(x, flat(tree))
+
+
+def flat(tree: nn.Sequential) -> Tensor:
+    """The tree's parameters in one row, level by level, as `gate_product` takes them."""
+    return torch.cat([parameter.flatten() for parameter in tree.parameters()])
 
 
 def climb(x: Tensor, tree: nn.Sequential) -> Tensor:

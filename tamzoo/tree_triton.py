@@ -1,5 +1,7 @@
 """The gate's product and its gradients as one Triton kernel each, for channels_last tensors.
 
+The same kernels do what is around it at a block's end (`end`): BatchNorm before, sum and ReLU after.
+
 A program holds some rows (pixels) of all channels in registers. Neighbouring channels meet in a reduction
 over a last axis of length 2, so every level keeps the layout of the one before, and nothing goes through
 shared memory but what crosses warps. The backward kernel climbs the tree again; each program sums the
@@ -103,17 +105,48 @@ def _store(sums, at, width: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(x, parameters, out, count, rows: tl.constexpr, channels: tl.constexpr):
+def forward_kernel(
+    x,
+    parameters,
+    scale,
+    shift,
+    shortcut,
+    out,
+    count,
+    rows: tl.constexpr,
+    channels: tl.constexpr,
+    end: tl.constexpr,
+):
     levels = _load(parameters, channels)
     row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)[:, None]
-    at, inside = row * channels + tl.arange(0, channels)[None, :], row < count
+    column = tl.arange(0, channels)[None, :]
+    at, inside = row * channels + column, row < count
     h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    tl.store(out + at, h * _climb(h, levels, rows, channels), mask=inside)
+    if end:
+        h = h * tl.load(scale + column) + tl.load(shift + column)
+    y = h * _climb(h, levels, rows, channels)
+    if end:
+        y += tl.load(shortcut + at, mask=inside, other=0).to(tl.float32)
+        y = tl.where(y <= 0, 0.0, y)  # and not a maximum, which drops NaN
+    tl.store(out + at, y, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    grad, x, parameters, grad_x, sums, count, programs, rows: tl.constexpr, channels: tl.constexpr
+    grad,
+    out,
+    x,
+    parameters,
+    scale,
+    shift,
+    grad_x,
+    grad_shortcut,
+    sums,
+    count,
+    programs,
+    rows: tl.constexpr,
+    channels: tl.constexpr,
+    end: tl.constexpr,
 ):
     program = tl.program_id(0)
     levels = _load(parameters, channels)
@@ -122,18 +155,40 @@ def backward_kernel(
     column = tl.arange(0, channels)[None, :]
     next_x = tl.load(x + row * channels + column, mask=row < count, other=0)
     next_grad = tl.load(grad + row * channels + column, mask=row < count, other=0)
+    if end:
+        next_out = tl.load(out + row * channels + column, mask=row < count, other=0)
+        factor, summand = tl.load(scale + column), tl.load(shift + column)
+        scales, shifts = tl.zeros((rows, channels), tl.float32), tl.zeros((rows, channels), tl.float32)
     # The next block is fetched while one is computed, by hand: Triton's own pipelining takes another layout,
     # in which every level goes through shared memory and registers spill.
     for _ in range(program, tl.cdiv(count, rows), programs):
         at, inside = row * channels + column, row < count
         h, g = next_x.to(tl.float32), next_grad.to(tl.float32)
+        if end:
+            g = tl.where(next_out <= 0, 0.0, g)
+            tl.store(grad_shortcut + at, g, mask=inside)
+            given = h
+            h = h * factor + summand
         row += programs * rows
         next_x = tl.load(x + row * channels + column, mask=row < count, other=0)
         next_grad = tl.load(grad + row * channels + column, mask=row < count, other=0)
+        if end:
+            next_out = tl.load(out + row * channels + column, mask=row < count, other=0)
         dot = tl.sum(g * h, axis=1)[:, None]
         below, gate, total = _descend(h, dot, total, levels, rows, channels)
-        tl.store(grad_x + at, g * gate + below, mask=inside)
-    _store(total, sums + program * (4 * channels - 5), channels)
+        below += g * gate
+        if end:
+            scales += below * given
+            shifts += below
+            below *= factor
+        tl.store(grad_x + at, below, mask=inside)
+    if end:
+        sums += program * (6 * channels - 5)
+        tl.store(sums + tl.arange(0, channels), tl.sum(scales, axis=0))
+        tl.store(sums + channels + tl.arange(0, channels), tl.sum(shifts, axis=0))
+        _store(total, sums + 2 * channels, channels)
+    else:
+        _store(total, sums + program * (4 * channels - 5), channels)
 
 
 def _rows(channels: int, elements: int) -> int:
@@ -145,9 +200,9 @@ def _warps(channels: int, least: int) -> int:
     return min(max(least, channels // 256), 32)
 
 
-def _programs(channels: int) -> int:
-    """Backward programs whose registers fit a processor at once: 65536 of them, 128 to 234 a thread."""
-    return 3 if channels <= 256 else 2 if channels <= 1024 else 1
+def _programs(channels: int, end: bool) -> int:
+    """Backward programs whose registers fit a processor at once: 65536 of them, 128 to 244 a thread."""
+    return 3 if channels <= (64 if end else 256) else 2 if channels <= 1024 else 1
 
 
 @cache
@@ -164,36 +219,81 @@ def works() -> bool:
 
 def forward(x: Tensor, parameters: Tensor) -> Tensor:
     """`tamzoo.tree.gate_product` of a channels_last x."""
-    n, channels, h, w = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    out, rows = torch.empty_like(x), _rows(channels, FORWARD)
-    with torch.cuda.device_of(x):
-        launch = forward_kernel[triton.cdiv(n * h * w, rows),]
-        launch(
-            x, parameters.float(), out, n * h * w, rows, channels, num_warps=_warps(channels, FORWARD_WARPS)
-        )
-    return out
+    return _forward(x, parameters)
 
 
 def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """`tamzoo.tree.gate_product_backward` of a channels_last x."""
-    n, channels, h, w = x.shape
-    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    grad_x, sums = _backward(grad, x, parameters)
+    return grad_x, sums.to(parameters.dtype)
+
+
+def end_forward(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor) -> Tensor:
+    """`tamzoo.block_end.block_end` of a channels_last x."""
+    return _forward(x, parameters, scale.float(), shift.float(), _channels_last(shortcut))
+
+
+def end_backward(
+    grad: Tensor, out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, parameters: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`tamzoo.block_end.block_end_backward` of a channels_last x."""
+    grad_shortcut, channels = torch.empty_like(out), x.shape[1]
+    grad_x, sums = _backward(grad, x, parameters, out, scale.float(), shift.float(), grad_shortcut)
+    grad_scale, grad_shift, others = sums.split([channels, channels, len(parameters)])
+    return grad_x, grad_scale, grad_shift, grad_shortcut, others.to(parameters.dtype)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _forward(x: Tensor, parameters: Tensor, *end: Tensor) -> Tensor:
+    """Of the product; with scale, shift and shortcut, of a block's end."""
+    (n, channels, h, w), x = x.shape, _channels_last(x)
+    out, rows = torch.empty_like(x), _rows(channels, FORWARD)
+    with torch.cuda.device_of(x):
+        forward_kernel[triton.cdiv(n * h * w, rows),](
+            x,
+            parameters.float(),
+            *(end or (x, x, x)),
+            out,
+            n * h * w,
+            rows,
+            channels,
+            bool(end),
+            num_warps=_warps(channels, FORWARD_WARPS),
+        )
+    return out
+
+
+def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the product; with the result, scale, shift and where to write the shortcut's gradient, of an end.
+
+    Returns:
+        The gradient of x; those of scale and shift, where there are any, and parameters, in one row.
+    """
+    (n, channels, h, w), x, grad = x.shape, _channels_last(x), _channels_last(grad)
+    out, scale, shift, grad_shortcut = end or (x, x, x, x)
     grad_x, rows = torch.empty_like(x), _rows(channels, BACKWARD)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(_programs(channels) * processors, triton.cdiv(n * h * w, rows))
-    sums = torch.empty(programs, 4 * channels - 5, device=x.device)
+    programs = min(_programs(channels, bool(end)) * processors, triton.cdiv(n * h * w, rows))
+    sums = torch.empty(programs, 4 * channels - 5 + 2 * channels * bool(end), device=x.device)
     with torch.cuda.device_of(x):
         backward_kernel[programs,](
             grad,
+            out,
             x,
             parameters.float(),
+            scale,
+            shift,
             grad_x,
+            grad_shortcut,
             sums,
             n * h * w,
             programs,
             rows,
             channels,
+            bool(end),
             num_warps=_warps(channels, BACKWARD_WARPS),
         )
-    return grad_x, sums.sum(0).to(parameters.dtype)
+    return grad_x, sums.sum(0)

@@ -95,18 +95,18 @@ def test_bad_options_are_one_sentence(command, tmp_path):
 
 def test_training_is_compared_and_its_longest_kernels_are_named():
     command = [sys.executable, "-m", "export.benchmark", "train", "--model", "resnet20", "--device", "cpu"]
-    command += (
-        "--batch 2 --rounds 2 --warmup 1 --threads 1 --variants plain tam tam-levels --kernels 4".split()
-    )
+    command += "--batch 2 --rounds 2 --warmup 1 --threads 1 --kernels 4".split()
+    command += "--variants plain tam tam-levels tam-joined".split()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    told, columns, plain, tam, levels, *kernels = filter(None, done.stdout.splitlines())
+    told, columns, plain, tam, levels, joined, *kernels = filter(None, done.stdout.splitlines())
     assert "model=resnet20" in told and columns.split() == list(benchmark.COLUMNS)
     assert plain.split()[2] == plain.split()[5] == "1.0" and float(tam.split()[1]) > 0
     assert levels.split()[0] == "tam-levels" and float(levels.split()[5]) > float(tam.split()[5])
+    assert joined.split()[0] == "tam-joined" and float(joined.split()[1]) > 0
     heads = [line.split() for line in kernels if "%" not in line]
-    assert [head[2] for head in heads] == ["plain,", "tam,", "tam-levels,"]
+    assert [head[2] for head in heads] == ["plain,", "tam,", "tam-levels,", "tam-joined,"]
     assert all(head[4:] == "ms a step in all:".split() and float(head[3]) > 0 for head in heads)
-    assert len(kernels) == 15 and any("convolution_backward" in line for line in kernels[1:5])
+    assert len(kernels) == 20 and any("convolution_backward" in line for line in kernels[1:5])
     shares = [float(line.split("%")[0]) for line in kernels[6:10]]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.1
 
@@ -117,6 +117,7 @@ def test_training_is_compared_and_its_longest_kernels_are_named():
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--model", "nosuch"], "invalid choice: 'nosuch'"),
+        (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs --device cuda, got cpu"),
         pytest.param(
             ["--device", "cuda"],
             "finds no CUDA device here",

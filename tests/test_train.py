@@ -455,14 +455,15 @@ def test_a_replayed_step_learns_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled):
+def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled, joined):
     from tamzoo.train import Run
 
     splits, states = [random_split(n, n).to(torch.device("cuda")) for n in (100, 12)], []
     recipe = replace(RECIPE, small_until=0.0)  # 12 whole batches an epoch, then half a one
     for cuda_graph in (False, True):
-        options = {"precision": "float32", "compiled": compiled, "cuda_graph": cuda_graph}
+        options = {"precision": "float32", "compiled": compiled, "joined": joined, "cuda_graph": cuda_graph}
         run = Run(ENTRY, recipe, *splits, out=tmp_path / str(cuda_graph), **options)
         run.train()
         states.append(run.learner.state())
@@ -470,9 +471,10 @@ def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled):
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=1e-2)
 
 
-def test_a_cuda_graph_needs_cuda(tmp_path):
+@pytest.mark.parametrize("order", [Order(cuda_graph=True), Order(joined=True)])
+def test_what_makes_a_step_faster_on_cuda_needs_it(tmp_path, order):
     with pytest.raises(ValueError, match="needs one process on CUDA, found 1 on cpu"):
-        train_entries({ENTRY.name: tmp_path}, Order(cuda_graph=True), None, 1.0, CPU, SILENT)
+        train_entries({ENTRY.name: tmp_path}, order, None, 1.0, CPU, SILENT)
 
 
 def test_a_watch_sees_where_the_run_is(tmp_path):

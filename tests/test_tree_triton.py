@@ -35,6 +35,19 @@ def by_layers(x: Tensor, parameters: Tensor, grad: Tensor) -> list[Tensor]:
     return [out, grad_x, torch.cat([other.flatten() for other in others])]
 
 
+def end_by_layers(
+    x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor, grad: Tensor
+) -> list[Tensor]:
+    """What leaves a block and its gradients by torch's own layers."""
+    tree = TAM(x.shape[1], dtype=x.dtype).tree
+    vector_to_parameters(parameters.detach(), tree.parameters())
+    given = [tensor.detach().requires_grad_() for tensor in (x, scale, shift, shortcut)]
+    h = given[0] * given[1][:, None, None] + given[2][:, None, None]
+    out = torch.relu(h * torch.sigmoid(tree(h)) + given[3])
+    found = torch.autograd.grad(out, [*given, *tree.parameters()], grad)
+    return [out, *found[:4], torch.cat([other.flatten() for other in found[4:]])]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreted process")
 @pytest.mark.skipif(
     version("triton") < (3, 7) and version("numpy") >= (2, 4),
@@ -67,6 +80,42 @@ def test_product_and_gradients_are_close_to_float64(channels, n, h, w, dtype, to
     assert found[0].stride() == found[1].stride() == x.stride()
 
 
+@interpreted
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("channels", "n", "h", "w"), SHAPES)
+def test_end_and_gradients_are_close_to_float64(channels, n, h, w, dtype, tolerance):
+    from tamzoo import tree_triton
+
+    torch.manual_seed(channels)
+    x, shortcut, grad = (torch.randn(n, channels, h, w).to(dtype) for _ in range(3))
+    x = x.contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
+    parameters = 0.7 * torch.randn(4 * channels - 5)
+    out = tree_triton.end_forward(x, scale, shift, shortcut, parameters)
+    found = out, *tree_triton.end_backward(grad, out, x, scale, shift, parameters)
+    given = [tensor.double() for tensor in (x, scale, shift, shortcut, parameters, grad)]
+    for one, other in zip(found, end_by_layers(*given), strict=True):
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
+    assert [tensor.dtype for tensor in found] == [
+        dtype,
+        dtype,
+        torch.float32,
+        torch.float32,
+        dtype,
+        torch.float32,
+    ]
+    assert out.stride() == found[1].stride() == found[4].stride() == x.stride()
+
+
+@interpreted
+def test_end_keeps_numbers_that_are_not_finite():
+    from tamzoo import tree_triton
+
+    x = torch.full((1, 2, 1, 1), float("nan"))
+    out = tree_triton.end_forward(x, torch.ones(2), torch.ones(2), torch.ones_like(x), torch.ones(3))
+    assert out.isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [2, 64, 256, 512, 1024, 2048, 4096])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -81,4 +130,21 @@ def test_gpu_is_close_to_float64(channels, dtype, tolerance):
     out = tree.gate_product(here, there)
     found = [out, *torch.autograd.grad(out, [here, there], grad.cuda())]
     for one, other in zip(found, by_layers(x.double(), parameters.double(), grad.double()), strict=True):
+        assert (one.cpu().double() - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 128, 256, 512, 1024, 2048])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gpu_end_is_close_to_float64(channels, dtype, tolerance):
+    from tamzoo.block_end import block_end
+
+    torch.manual_seed(channels)
+    x, shortcut, grad = (torch.randn(3, channels, 7, 9).to(dtype) for _ in range(3))
+    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
+    given = [x, scale, shift, shortcut, 0.7 * torch.randn(4 * channels - 5)]
+    wanted = end_by_layers(*(tensor.double() for tensor in given), grad.double())
+    here = [tensor.cuda().requires_grad_() for tensor in given]
+    out = block_end(*here)
+    for one, other in zip([out, *torch.autograd.grad(out, here, grad.cuda())], wanted, strict=True):
         assert (one.cpu().double() - other).abs().max() <= tolerance * other.abs().max()
