@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tamzoo.attention import TAM
 from tamzoo.backbones import BasicBlock, Bottleneck
-from tamzoo.tree import flat, gate_product, gate_product_backward
+from tamzoo.tree import flat, gate_product, gate_product_backward, launches
 
 
 class _JoinedEnd:
@@ -59,13 +59,14 @@ def join_ends(model: nn.Module) -> int:
 
     Those are the ResNets' blocks with a TAM of group size 2 over a power of two of channels, BatchNorm2d and
     ReLU, without stochastic depth. Parameters and buffers stay what they are, as does the pass in eval mode.
+    On a GPU where Triton does not run there are none, and the log says why.
     """
-    joined = 0
-    for block in model.modules():
-        if type(block) in JOINED and _can_join(block):
-            block.__class__ = JOINED[type(block)]
-            joined += 1
-    return joined
+    if any(parameter.is_cuda for parameter in model.parameters()) and not launches():
+        return 0
+    blocks: list[Any] = [block for block in model.modules() if type(block) in JOINED and _can_join(block)]
+    for block in blocks:
+        block.__class__ = JOINED[type(block)]
+    return len(blocks)
 
 
 def _can_join(block: Any) -> bool:

@@ -90,9 +90,8 @@ def train_entries(
         Whether all are done.
     Raises:
         ValueError: no such entry or recipe, a CUDA graph or joined ends elsewhere than on one process on
-            CUDA, or what
-            `load_split` and `Run` raise; of several entries, at the end, which failed (on several
-            processes, the first failure).
+            CUDA, or what `load_split` and `Run` raise; of several entries, at the end, which failed (on
+            several processes, the first failure).
         RuntimeError: the device failed for good; the entries after are left alone.
     """
     for option, asked in {"--cuda-graph": order.cuda_graph, "--join-ends": order.joined}.items():

@@ -92,7 +92,7 @@ def _fits(x: Tensor, tree: nn.Sequential) -> bool:
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if x.is_cuda:
-        return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _launches()
+        return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and launches()
     return x.device.type == "cpu" and x.dtype in tree_cpu.DTYPES and _built()
 
 
@@ -103,7 +103,8 @@ def _leaves_torch() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _launches() -> bool:
+def launches() -> bool:
+    """Whether Triton's kernels run on the GPU here; where they do not, the log says why."""
     if not HAS_TRITON:
         return False
     from tamzoo import tree_triton

@@ -225,7 +225,7 @@ def forward(x: Tensor, parameters: Tensor) -> Tensor:
 def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """`tamzoo.tree.gate_product_backward` of a channels_last x."""
     grad_x, sums = _backward(grad, x, parameters)
-    return grad_x, sums.to(parameters.dtype)
+    return grad_x, sums.sum(0).to(parameters.dtype)
 
 
 def end_forward(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor) -> Tensor:
@@ -239,7 +239,9 @@ def end_backward(
     """`tamzoo.block_end.block_end_backward` of a channels_last x."""
     grad_shortcut, channels = torch.empty_like(out), x.shape[1]
     grad_x, sums = _backward(grad, x, parameters, out, scale.float(), shift.float(), grad_shortcut)
-    grad_scale, grad_shift, others = sums.split([channels, channels, len(parameters)])
+    parts = sums.split([channels, channels, len(parameters)], dim=1)  # results of operators share no memory
+    grad_scale, grad_shift, others = (part.sum(0) for part in parts)
+    grad_scale, grad_shift = grad_scale.to(scale.dtype), grad_shift.to(shift.dtype)
     return grad_x, grad_scale, grad_shift, grad_shortcut, others.to(parameters.dtype)
 
 
@@ -270,7 +272,7 @@ def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tupl
     """Of the product; with the result, scale, shift and where to write the shortcut's gradient, of an end.
 
     Returns:
-        The gradient of x; those of scale and shift, where there are any, and parameters, in one row.
+        The gradient of x; a row a program, of those of scale and shift, where there are any, and parameters.
     """
     (n, channels, h, w), x, grad = x.shape, _channels_last(x), _channels_last(grad)
     out, scale, shift, grad_shortcut = end or (x, x, x, x)
@@ -296,4 +298,4 @@ def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tupl
             bool(end),
             num_warps=_warps(channels, BACKWARD_WARPS),
         )
-    return grad_x, sums.sum(0)
+    return grad_x, sums

@@ -104,6 +104,7 @@ def test_end_and_gradients_are_close_to_float64(channels, n, h, w, dtype, tolera
         dtype,
         torch.float32,
     ]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == len(found)
     assert out.stride() == found[1].stride() == found[4].stride() == x.stride()
 
 
