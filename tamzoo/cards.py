@@ -107,14 +107,14 @@ def _paper_text(entry: Entry) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{value:g} %"
+    return f"{value:.2f} %"
 
 
 def _results(entry: Entry, record: Record) -> str:
     top1, top5 = record.score.top1_error, record.score.top5_error
     rows = [
         ("", "top-1 error", "top-5 error", "parameters"),
-        (f"**ours**, {record.selection}", f"{top1:.2f} %", f"{top5:.2f} %", f"{entry.params / 1e6:.2f} M"),
+        (f"**ours**, {record.selection}", _percent(top1), _percent(top5), f"{entry.params / 1e6:.2f} M"),
     ]
     if entry.paper is not None:
         cell = entry.paper

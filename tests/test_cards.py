@@ -89,7 +89,7 @@ def test_a_trained_card_shows_ours_beside_the_papers(name):
     assert results[0].dataset_type == entry.dataset.hub_id
     assert "5.25 %" in text and "last epoch" in text and "23 of 10000 test images" in text
     if entry.paper:
-        assert f"| paper, Table {entry.paper.table} | {entry.paper.top1_error:g} % |" in text
+        assert f"| paper, Table {entry.paper.table} | {entry.paper.top1_error:.2f} % |" in text
     assert ("non-commercial" in text) == (entry.dataset.tag == "svhn")
     assert ("## Gates" in text) == (entry.attention == "tam")
     assert "$" not in text
