@@ -53,8 +53,7 @@ def test_joined_blocks_train_as_timms_do(kind, compiled):
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=name)
     for (name, wanted), found in zip(blocks.named_buffers(), joined.buffers(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9, msg=name)
-    assert torch.equal(joined.eval()(x), deepcopy(joined).requires_grad_(False)(x))
-    torch.testing.assert_close(joined(x), blocks.eval()(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(joined.eval()(x), blocks.eval()(x), rtol=1e-9, atol=1e-9)
 
 
 @needs_compiler
