@@ -20,6 +20,8 @@ FIELDS: tuple[str, ...] = (
     "top5_error",
     "n",
     "epochs",
+    "training_minutes",
+    "hardware",
     "recipe",
     "seed",
     "selection",
@@ -60,6 +62,8 @@ def result_row(entry: Entry) -> dict[str, object]:
             "top5_error": f"{record.score.top5_error:.2f}",
             "n": record.score.n,
             "epochs": record.total_epochs,
+            "training_minutes": round(sum(run.seconds for run in record.runs) / 60),
+            "hardware": " + ".join(dict.fromkeys(run.hardware for run in record.runs)),
             "recipe": " + ".join(run.recipe["name"] for run in record.runs),
             "seed": record.seed,
             "selection": record.selection,
@@ -83,7 +87,7 @@ def results_csv() -> str:
 def results_markdown() -> str:
     """The README's table: the entries that were trained, the paper's cell beside ours."""
     lines = [
-        "| entry | paper: top-1 error, best epoch of 300 | ours, last epoch | our epochs | static gates |",
+        "| entry | paper: top-1 error, best epoch of 300 | ours, last epoch | our training | static gates |",
         "|---|---|---|---|---|",
     ]
     for entry in ENTRIES.values():
@@ -91,7 +95,8 @@ def results_markdown() -> str:
         if row["top1_error"] is not None:
             paper = f"{row['paper_top1_error']:.2f} %" if entry.paper else "not in the paper"
             gates = f"{row['static_gates']} of {row['gates']}" if row["gates"] else "no gates"
-            lines.append(f"| `{entry.name}` | {paper} | {row['top1_error']} % | {row['epochs']} | {gates} |")
+            training = f"{row['epochs']} epochs, {row['training_minutes']} min, {row['hardware']}"
+            lines.append(f"| `{entry.name}` | {paper} | {row['top1_error']} % | {training} | {gates} |")
     return "\n".join(lines)
 
 

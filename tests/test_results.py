@@ -26,13 +26,15 @@ def test_results_csv_comes_from_rows_and_records():
     assert rows["resnet50_tam.cifar100"]["params_m"] == "23.766"
 
 
-def test_a_row_counts_the_epochs_of_all_runs_that_made_the_weights(monkeypatch):
+def test_a_row_counts_all_runs_that_made_the_weights(monkeypatch):
     record = record_of(TRAINED[0])
     assert record
-    chain = dataclasses.replace(record, epochs=5, start=dataclasses.replace(record, epochs=3, start=None))
+    first = dataclasses.replace(record, epochs=3, seconds=630, hardware="a CPU", start=None)
+    chain = dataclasses.replace(first, epochs=5, seconds=90, hardware="a GPU", start=first)
     monkeypatch.setattr("tamzoo.results.record_of", lambda entry: chain)
     row, name = result_row(TRAINED[0]), record.recipe["name"]
     assert (row["epochs"], row["recipe"]) == (8, f"{name} + {name}")
+    assert (row["training_minutes"], row["hardware"]) == (12, "a CPU + a GPU")
     assert Record.from_json(chain.to_json()) == chain
 
 
