@@ -57,7 +57,8 @@ def test_joined_blocks_train_as_timms_do(kind, compiled):
 
 
 @needs_compiler
-def test_a_joined_block_keeps_nothing_for_the_gate():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_joined_block_keeps_nothing_for_the_gate(compiled):
     """What the backward pass keeps: of a plain block, and of that and the tree's small parameters."""
 
     def kept(blocks: nn.Module) -> int:
@@ -67,8 +68,12 @@ def test_a_joined_block_keeps_nothing_for_the_gate():
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            blocks(noise(4, 4, 16, 16))
+        x, model = noise(4, 4, 16, 16), nn.Sequential(blocks, nn.Conv2d(32, 2, 1))  # it keeps its input
+        call = torch.compile(model, backend="aot_eager_decomp_partition") if compiled else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=compiled):
+            call(x)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                call(x)
         return sum(sizes.values())
 
     joined = stage(Bottleneck)
