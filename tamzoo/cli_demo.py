@@ -17,7 +17,7 @@ def demo() -> None:
     import time
 
     from tamzoo.attention import GATE_TOLERANCE
-    from tamzoo.data import normalise
+    from tamzoo.data import darkest_and_brightest, normalise
     from tamzoo.gates import measure_gates
     from tamzoo.images import PICTURES, picture_paths, random_crops
     from tamzoo.onnx_export import export_entry, metadata_of, open_session
@@ -35,7 +35,8 @@ def demo() -> None:
 
     pixels = random_crops(256, dataset.input_size[-1])
     print("\n2. Do the attention gates depend on the picture?")
-    print_gates(measure_gates(model, normalise(pixels, dataset)), GATE_TOLERANCE, "256 crops and noise")
+    gates = measure_gates(model, normalise(pixels, dataset), ends=darkest_and_brightest(dataset))
+    print_gates(gates, GATE_TOLERANCE, "256 crops and noise")
 
     with tempfile.TemporaryDirectory() as folder:
         print("3. Fold, export to ONNX, and compare with the unfolded torch model:")

@@ -35,11 +35,11 @@ def gates(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
     device: Device = "cpu",
 ) -> None:
-    """Measure every gate of a TAM model: does it depend on its input?"""
+    """Measure every gate of a TAM model: does it depend on its input, or is it proven not to?"""
     from dataclasses import asdict
 
     from tamzoo.attention import GATE_TOLERANCE
-    from tamzoo.data import normalise
+    from tamzoo.data import darkest_and_brightest, normalise
     from tamzoo.gates import gates_of, measure_gates
 
     place = device_called(device)
@@ -48,7 +48,9 @@ def gates(
         raise ValueError(f"{full} has no TAM gates; expected a model named *_tam")
     pixels, told = test_pixels(data, dataset, images)
     found = measure_gates(
-        model.to(place), (normalise(batch, dataset) for batch in bar(pixels.split(128), "Measuring gates"))
+        model.to(place),
+        (normalise(batch, dataset) for batch in bar(pixels.split(128), "Measuring gates")),
+        ends=darkest_and_brightest(dataset),
     )
     if as_json:
         print(json.dumps([asdict(gate) for gate in found], indent=2))

@@ -160,6 +160,12 @@ def normalise(pixels: Tensor, dataset: Dataset) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
+def darkest_and_brightest(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """The black and the white picture, normalised, (1, 3, h, w) each: every picture lies between them."""
+    black = torch.zeros(1, *dataset.input_size, dtype=torch.uint8)
+    return normalise(black, dataset), normalise(~black, dataset)
+
+
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """A split in order, in (n, 3, h, w) uint8 and (n,) int64; the last batch may be smaller."""
     return zip(split.pixels.split(size), split.labels.split(size), strict=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from tamzoo.checkpoint import WEIGHTS, sha256_of, write_whole
-from tamzoo.data import batches, normalise
+from tamzoo.data import batches, darkest_and_brightest, normalise
 from tamzoo.evaluate import evaluate
 from tamzoo.gates import save_measured
 from tamzoo.progress import Progress, silent
@@ -23,7 +23,8 @@ def finish(run: Run, progress: Progress = silent) -> Record:
     def images() -> Iterator[Tensor]:
         return (normalise(pixels, run.entry.dataset) for pixels, _ in batches(run.test_split, 250))
 
-    gates = save_measured(path, model, run.entry.name, images, progress)
+    ends = darkest_and_brightest(run.entry.dataset)
+    gates = save_measured(path, model, run.entry.name, images, progress, ends)
     record = Record(
         entry=run.entry.name,
         data=f"{run.entry.dataset.title} train",

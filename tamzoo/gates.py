@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from tamzoo.attention import TAM
 from tamzoo.backbones import GatedBlock
+from tamzoo.bounds import bound_gates, gate_bounds
 from tamzoo.checkpoint import load_weights, save_weights, whole_file
 from tamzoo.progress import Progress, silent
 from tamzoo.records import GateStats
-
-HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
 
 
 def gates_of(model: nn.Module) -> dict[str, TAM]:
@@ -55,7 +54,11 @@ class _Watch:
 
 @torch.inference_mode()
 def measure_gates(
-    model: nn.Module, images: Tensor | Iterable[Tensor], batch_size: int = 128, progress: Progress = silent
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    batch_size: int = 128,
+    progress: Progress = silent,
+    ends: tuple[Tensor, Tensor] | None = None,
 ) -> list[GateStats]:
     """Every TAM gate of a model over a set of images, each position of each image one value.
 
@@ -63,9 +66,11 @@ def measure_gates(
         images: (n, c, h, w), normalised as the model wants them; or batches of such, so that memory
             does not grow with n.
         batch_size: Images a forward pass, where `images` is one tensor.
+        ends: (1, c, h, w) each, the lowest and the highest input that there is, as of `bound_gates`.
     Returns:
         One row a gate, from the stem to the head. The bounds hold for every input whose channels stay
-        within the ranges seen here, float32 rounding included (interval arithmetic through the tree).
+        within the ranges seen here, float32 rounding included (interval arithmetic through the tree);
+        those that are proven, where `ends` are given, for every input between these.
     Raises:
         ValueError: training mode, no gates, fewer than two images, or a gate that is not finite.
     """
@@ -87,12 +92,14 @@ def measure_gates(
         for hook in hooks:
             hook.remove()
     blocks = [name for name, module in model.named_modules() if isinstance(module, GatedBlock)]
+    proven = bound_gates(model, *(end.to(place.device) for end in ends)) if ends else {}
     return [
         _stats(
             name,
             blocks.index(parent) + 1 if (parent := name.rpartition(".")[0]) in blocks else index,
             gate,
             watch,
+            *proven.get(name, (None, None)),
         )
         for index, ((name, gate), watch) in enumerate(
             zip(gates.items(), watches.values(), strict=True), start=1
@@ -100,7 +107,9 @@ def measure_gates(
     ]
 
 
-def _stats(name: str, block: int, gate: TAM, watch: _Watch) -> GateStats:
+def _stats(
+    name: str, block: int, gate: TAM, watch: _Watch, proven_min: float | None, proven_max: float | None
+) -> GateStats:
     if watch.images < 2:
         raise ValueError(f"{watch.images} images cannot show whether a gate is static; pass at least two")
     if not (isfinite(watch.mean) and watch.low <= watch.high):  # min and max pass NaN over
@@ -118,43 +127,8 @@ def _stats(name: str, block: int, gate: TAM, watch: _Watch) -> GateStats:
         max=watch.high,
         bound_min=bound_min,
         bound_max=bound_max,
-    )
-
-
-@torch.no_grad()
-def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
-    """Bounds of a gate whose input channels lie in [low, high], by interval arithmetic through the tree.
-
-    Args:
-        low: (c,), smallest value of each channel.
-        high: (c,), largest.
-    Returns:
-        Lower and upper bound in [0, 1], widened by what float32 rounding can add in the tree.
-    """
-    low, high = low.double().clone(), high.double().clone()
-    for layer in gate.tree:
-        if isinstance(layer, nn.Conv2d):
-            groups, fan_in = layer.groups, layer.in_channels // layer.groups
-            weight = layer.weight.double().view(groups, -1, fan_in)  # (groups, outputs, inputs)
-            low, high = low.view(groups, 1, fan_in), high.view(groups, 1, fan_in)
-            ends = weight * low, weight * high
-            size = torch.maximum(ends[0].abs(), ends[1].abs()).sum(2).flatten()
-            low = torch.minimum(*ends).sum(2).flatten()
-            high = torch.maximum(*ends).sum(2).flatten()
-            bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(low)
-            rounding = (fan_in + 1) * HALF_ULP * 2 * (size + bias.abs())
-            low, high = low + bias - rounding, high + bias + rounding
-        elif isinstance(layer, nn.PReLU):
-            slope = layer.weight.double()
-            ends = [torch.where(end < 0, slope * end, end) for end in (low, high)]
-            touches_zero = (low < 0) & (high > 0)
-            ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
-            rounding = HALF_ULP * 2 * torch.maximum(low.abs(), high.abs())
-            low = torch.stack(ends).amin(0) - rounding
-            high = torch.stack(ends).amax(0) + rounding
-    # a float32 sigmoid is off by a few units in the last place
-    return torch.sigmoid(low).item() * (1 - 8 * HALF_ULP), min(
-        1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP)
+        proven_min=proven_min,
+        proven_max=proven_max,
     )
 
 
@@ -164,6 +138,7 @@ def save_measured(
     name: str,
     images: Callable[[], Iterable[Tensor]],
     progress: Progress = silent,
+    ends: tuple[Tensor, Tensor] | None = None,
 ) -> list[GateStats]:
     """Stores weights in float16 together with the gates as measured on those very weights.
 
@@ -171,13 +146,14 @@ def save_measured(
 
     Args:
         images: Gives batches as for `measure_gates`; called where there are gates.
+        ends: As of `measure_gates`.
     Raises:
         ValueError: as `measure_gates` and `save_weights`; nothing is left behind then.
     """
     with whole_file(path) as part:
         save_weights(part, model.state_dict())
         load_weights(model, part, name)
-        gates = measure_gates(model, images(), progress=progress) if gates_of(model) else []
+        gates = measure_gates(model, images(), progress=progress, ends=ends) if gates_of(model) else []
         remember_gates(model, gates)
         save_weights(part, model.state_dict())
     return gates

@@ -34,11 +34,25 @@ class GateStats:
     # bounds that hold for any input whose channels stay in the ranges seen on these images
     bound_min: float
     bound_max: float
+    # bounds that hold for every picture of the size; None where nobody asked for them
+    proven_min: float | None = None
+    proven_max: float | None = None
 
     @property
     def width(self) -> float:
         """Largest minus smallest value seen."""
         return self.max - self.min
+
+    @property
+    def proven_width(self) -> float:
+        """What the gate can move at most on any picture, as far as that is known: 1 where it is not."""
+        if self.proven_min is None or self.proven_max is None:
+            return 1.0
+        return self.proven_max - self.proven_min
+
+    def on_any_picture(self, tolerance: float) -> str:
+        """In a word, whether the gate is proven to move by no more than the tolerance; else what is known."""
+        return "proven" if self.proven_width <= tolerance else f"within {self.proven_width:.0e}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,155 @@
+"""Bounds of gates by interval arithmetic: through a tree, and from the picture through the whole network.
+
+A value is known by the ends of an interval in which it lies, in float64; every step widens it by what float32
+can round there, added up in any order.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import conv2d
+
+from tamzoo.attention import TAM
+
+HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
+LARGEST = torch.finfo(torch.float32).max
+RISING = (nn.ReLU, nn.Identity, nn.Dropout, nn.MaxPool2d)  # they take the ends of an interval to its ends
+Interval = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
+    """Bounds of a gate whose input channels lie in [low, high], by interval arithmetic through the tree.
+
+    Args:
+        low: (c,), smallest value of each channel.
+        high: (c,), largest.
+    Returns:
+        Lower and upper bound in [0, 1], widened by what float32 rounding can add in the tree.
+    """
+    low, high = low.double().clone(), high.double().clone()
+    for layer in gate.tree:
+        if isinstance(layer, nn.Conv2d):
+            groups, fan_in = layer.groups, layer.in_channels // layer.groups
+            weight = layer.weight.double().view(groups, -1, fan_in)  # (groups, outputs, inputs)
+            low, high = low.view(groups, 1, fan_in), high.view(groups, 1, fan_in)
+            ends = weight * low, weight * high
+            size = torch.maximum(ends[0].abs(), ends[1].abs()).sum(2).flatten()
+            low = torch.minimum(*ends).sum(2).flatten()
+            high = torch.maximum(*ends).sum(2).flatten()
+            bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(low)
+            rounding = (fan_in + 1) * HALF_ULP * 2 * (size + bias.abs())
+            low, high = low + bias - rounding, high + bias + rounding
+        elif isinstance(layer, nn.PReLU):
+            slope = layer.weight.double()
+            ends = [torch.where(end < 0, slope * end, end) for end in (low, high)]
+            touches_zero = (low < 0) & (high > 0)
+            ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
+            rounding = HALF_ULP * 2 * torch.maximum(low.abs(), high.abs())
+            low = torch.stack(ends).amin(0) - rounding
+            high = torch.stack(ends).amax(0) + rounding
+    # a float32 sigmoid is off by a few units in the last place
+    return torch.sigmoid(low).item() * (1 - 8 * HALF_ULP), min(
+        1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP)
+    )
+
+
+@torch.no_grad()
+def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[float, float]]:
+    """Bounds of every TAM gate for all inputs between two; the black and the white picture: for all pictures.
+
+    Where the bounds of a gate are one number up to rounding, the gate is proven to be a constant: no picture
+    of that size, seen or not, moves it.
+
+    Args:
+        model: One of ours, in eval mode and float32, of which the rounding is.
+        low: (1, c, h, w), normalised as the model wants it, nowhere above `high`.
+        high: As low.
+    Returns:
+        Gate name -> lower and upper bound in [0, 1]; 0 and 1 where the features may leave float32's range.
+    Raises:
+        ValueError: training mode, another precision, or a layer before a gate of which no rule is known.
+    """
+    if model.training:
+        raise ValueError("bounding gates needs a model in eval mode; call model.eval() first")
+    if (dtype := next(model.parameters()).dtype) != torch.float32:
+        raise ValueError(f"bounds are of float32 and its rounding, the model's weights are {dtype}")
+    intervals = _Intervals(fx.GraphModule(model, _Tracer().trace(model)))
+    rounding = 4 * HALF_ULP * torch.maximum(low.abs(), high.abs()).double()
+    intervals.run((low.double() - rounding, high.double() + rounding))
+    return intervals.gates
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, TAM) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Intervals(fx.Interpreter):
+    """A traced network on intervals, from its input to its last gate."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.gates: dict[str, tuple[float, float]] = {}
+        self._most = sum(isinstance(module, TAM) for module in traced.modules())
+
+    def run_node(self, n: fx.Node) -> Any:
+        return super().run_node(n) if len(self.gates) < self._most else None
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
+        module, (low, high) = self.fetch_attr(target), args[0]
+        if isinstance(module, TAM):
+            self.gates[target] = least, most = _gate(module, low, high)
+            return _widened(
+                torch.where(low < 0, low * most, low * least),
+                torch.where(high < 0, high * least, high * most),
+            )
+        if isinstance(module, nn.Conv2d):
+            return _convolution(module, low, high)
+        if isinstance(module, nn.BatchNorm2d):
+            return _batch_norm(module, low, high)
+        if isinstance(module, RISING):
+            return module(low.clone()), module(high.clone())
+        raise ValueError(f"no bounds are known through {target}, a {type(module).__name__}, before a gate")
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
+        if target not in (operator.add, operator.iadd):
+            raise ValueError(f"no bounds are known through the function {target.__name__} before a gate")
+        (low, high), (other_low, other_high) = args
+        return _widened(low + other_low, high + other_high)
+
+
+def _widened(low: Tensor, high: Tensor, relative: float = 4 * HALF_ULP) -> Interval:
+    rounding = relative * torch.maximum(low.abs(), high.abs())
+    return low - rounding, high + rounding
+
+
+def _gate(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
+    if not max(-low.min().item(), high.max().item()) < LARGEST:  # float32 may overflow, and NaN is no number
+        return 0.0, 1.0
+    return gate_bounds(gate, low.amin((0, 2, 3)), high.amax((0, 2, 3)))
+
+
+def _convolution(layer: nn.Conv2d, low: Tensor, high: Tensor) -> Interval:
+    """By centre and radius, each a convolution."""
+    centre, radius, weight = (low + high) / 2, (high - low) / 2, layer.weight.double()
+    rounding = 2 * HALF_ULP * (weight[0].numel() + 2)
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if layer.bias is None else layer.bias.double()
+    how: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+    middle = conv2d(centre, weight, bias, *how)
+    reach = conv2d(radius + rounding * (centre.abs() + radius), weight.abs(), rounding * bias.abs(), *how)
+    return middle - reach, middle + reach
+
+
+def _batch_norm(layer: nn.BatchNorm2d, low: Tensor, high: Tensor) -> Interval:
+    assert layer.running_mean is not None and layer.running_var is not None
+    mean, scale = layer.running_mean.double(), torch.rsqrt(layer.running_var.double() + layer.eps)
+    scale = layer.weight.double() * scale if layer.affine else scale
+    bias = layer.bias.double() if layer.affine else torch.zeros_like(scale)
+    mean, scale, bias = (value[:, None, None] for value in (mean, scale, bias))
+    size = torch.maximum(low.abs(), high.abs()) + mean.abs()
+    rounding = 16 * HALF_ULP * (scale.abs() * size + bias.abs())
+    ends = (low - mean) * scale + bias, (high - mean) * scale + bias
+    return torch.minimum(*ends) - rounding, torch.maximum(*ends) + rounding

@@ -1,0 +1,193 @@
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tamzoo import TAM, measure_gates
+from tamzoo.bounds import bound_gates, gate_bounds
+from tamzoo.catalogue import ENTRIES
+from tamzoo.data import darkest_and_brightest, normalise
+from tamzoo.gates import gates_of
+from tamzoo.results import record_of
+
+TRAINED = [entry for entry in ENTRIES.values() if entry.trained and entry.attention == "tam"]
+BACKBONES = {"resnet20_tam.cifar10": 32, "wrn10_4_tam.cifar10": 32, "resnext50_32x4d_tam.cifar10": 32}
+BACKBONES |= {"resnet18_tam.untrained_in1k": 64}
+
+
+@pytest.mark.parametrize(("channels", "group_size"), [(16, 2), (12, 3), (7, 2)])
+def test_bounds_hold_for_any_input_in_the_ranges(channels, group_size):
+    module = TAM(channels, group_size).eval()
+    for layer in module.tree:
+        if isinstance(layer, nn.PReLU):
+            nn.init.uniform_(layer.weight, -1.0, 2.0)  # falling slopes too: the interval may turn around
+    low, high = -3 * torch.rand(channels), 2 * torch.rand(channels)
+    least, most = gate_bounds(module, low, high)
+    corners = torch.rand(20_000, channels).round()
+    inside = torch.rand(20_000, channels)
+    for mix in (corners, inside):
+        x = low + mix * (high - low)
+        values = module.gate(x.view(-1, channels, 1, 1))
+        assert least <= values.min().item() and values.max().item() <= most
+
+
+def test_bounds_are_tight_for_a_single_input():
+    module = TAM(64).eval()
+    x = torch.randn(64)
+    least, most = gate_bounds(module, x, x)
+    assert least <= module.gate(x.view(1, 64, 1, 1)).item() <= most
+    assert most - least < 1e-4
+
+
+def gate_values(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """(n, 1, h, w) a gate, by hooks in a pass of the model."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str):
+        return lambda gate, inputs: found.update({name: gate.gate(inputs[0])})
+
+    hooks = [gate.register_forward_pre_hook(watch(name)) for name, gate in gates_of(model).items()]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(("name", "size"), BACKBONES.items())
+def test_no_input_between_the_ends_leaves_the_bounds(shaken, name, size):
+    """Random ones, corners, and those corners to which the gradient of each gate points."""
+    model = shaken(timm.create_model(name)).requires_grad_(False)
+    low = torch.randn(1, 3, size, size)
+    high = low + 1e-5
+    bounds = bound_gates(model, low, high)
+    assert list(bounds) == list(gates_of(model)) and bounds[next(iter(bounds))][1] < 1
+    mix = torch.rand(6, *low.shape[1:])
+    tried = [low + torch.cat([mix, mix.round()]) * (high - low)]
+    x = low.clone().requires_grad_()
+    for values in gate_values(model, x).values():
+        (slope,) = torch.autograd.grad(values[0, 0, 1, 1], x, retain_graph=True)
+        tried += [torch.where(slope > 0, high, low), torch.where(slope < 0, high, low)]
+    for name, values in gate_values(model, torch.cat(tried)).items():
+        least, most = bounds[name]
+        assert least <= values.min() and values.max() <= most, name
+
+
+def reading() -> TAM:
+    """A gate of one channel that is its feature's sigmoid: its bounds tell those of the feature."""
+    gate = TAM(1).eval()
+    nn.init.ones_(gate.tree[0].weight)
+    nn.init.zeros_(gate.tree[0].bias)
+    return gate
+
+
+def batch_norm() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(1)
+    norm.weight.data.fill_(-0.7)  # falling
+    norm.bias.data.fill_(0.3)
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(0.2)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("channels", "layer"),
+    [
+        (4, nn.Conv2d(4, 1, 3, stride=2, padding=1)),
+        (4, nn.Sequential(nn.Conv2d(4, 2, 3, groups=2, dilation=2, bias=False), nn.Conv2d(2, 1, 1))),
+        (1, batch_norm()),
+        (1, nn.ReLU(inplace=True)),
+        (1, nn.MaxPool2d(3, 2, 1)),
+        (1, nn.Dropout()),
+    ],
+    ids=["convolution", "grouped", "falling", "relu", "pool", "dropout"],
+)
+def test_bounds_through_one_layer_are_its_extremes(channels, layer):
+    """They lie at corners, since a layer rises or falls with each number that it is given."""
+    model = nn.Sequential(layer, reading()).eval().requires_grad_(False)
+    low = torch.randn(1, channels, 7, 7) - 0.5
+    high = low + torch.rand_like(low)
+    x = low.clone().requires_grad_()
+    least, most = [], []
+    for value in layer(x + 0).flatten():
+        (slope,) = torch.autograd.grad(value, x, retain_graph=True)
+        least.append(torch.where(slope < 0, high, low))
+        most.append(torch.where(slope < 0, low, high))
+    found = layer(torch.cat([*least, *most])).sigmoid()
+    assert bound_gates(model, low, high) == {
+        "1": (pytest.approx(found.min().item(), abs=1e-5), pytest.approx(found.max().item(), abs=1e-5))
+    }
+
+
+def test_bounds_through_a_sum_take_both_for_independent():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.gate = batch_norm(), reading()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            y += x
+            return self.gate(x + y)
+
+    low, high = torch.full((1, 1, 2, 2), -1.0), torch.full((1, 1, 2, 2), 2.0)
+    ends = [2 * -1.0 - 0.7 * (2.0 - 0.2) + 0.3, 2 * 2.0 - 0.7 * (-1.0 - 0.2) + 0.3]
+    expected = torch.tensor(ends).sigmoid().tolist()
+    assert bound_gates(Sum().eval(), low, high)["gate"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2, 3), (1, 3), (-3, -1)])
+def test_bounds_through_a_gate_are_of_a_product(low, high):
+    model = nn.Sequential(reading(), reading()).eval()
+    ends = torch.tensor([low, high]).double()
+    products = torch.outer(ends, ends.sigmoid())
+    expected = products.min().sigmoid().item(), products.max().sigmoid().item()
+    box = torch.full((1, 1, 2, 2), float(low)), torch.full((1, 1, 2, 2), float(high))
+    assert bound_gates(model, *box)["1"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("entry", TRAINED, ids=lambda entry: entry.name)
+def test_what_records_say_of_any_picture_is_so(entry):
+    model = timm.create_model(entry.name, pretrained=True).eval()
+    bounds = bound_gates(model, *darkest_and_brightest(entry.dataset))
+    for gate in record_of(entry).gates:
+        assert bounds[gate.name] == pytest.approx((gate.proven_min, gate.proven_max), abs=1e-6), gate.name
+        assert bounds[gate.name][0] <= gate.min <= gate.max <= bounds[gate.name][1]
+
+
+def test_every_picture_lies_between_the_darkest_and_the_brightest():
+    dataset = ENTRIES["resnet20_tam.cifar10"].dataset
+    low, high = darkest_and_brightest(dataset)
+    pictures = normalise(torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), dataset)
+    assert (low <= pictures).all() and (pictures <= high).all() and low.shape == (1, 3, 32, 32)
+
+
+def test_measuring_tells_of_any_input_where_asked(shaken):
+    model, x = shaken(timm.create_model("resnet20_tam.cifar10")), torch.randn(2, 3, 32, 32)
+    nn.init.zeros_(model.layer3[2].se.tree[-1].weight)  # whatever comes, this gate is one number
+    *_, last = measure_gates(model, x)
+    assert (last.proven_min, last.proven_width, last.on_any_picture(1e-4)) == (None, 1, "within 1e+00")
+    first, *_, last = measure_gates(model, x, ends=(x[:1] - 9, x[:1] + 9))
+    assert last.on_any_picture(1e-4) == "proven" and last.proven_min is not None
+    assert last.proven_min <= last.min <= last.max <= last.proven_min + last.proven_width
+    assert first.on_any_picture(1e-4) != "proven"
+
+
+def test_features_beyond_float32_leave_a_gate_unknown(shaken):
+    model = shaken(timm.create_model("resnet20_tam.cifar10"))
+    for gate in gates_of(model).values():
+        nn.init.zeros_(gate.tree[-1].weight)
+    model.layer2[0].bn2.weight.data *= 1e38
+    low, high = darkest_and_brightest(ENTRIES["resnet20_tam.cifar10"].dataset)
+    widths = [most - least for least, most in bound_gates(model, low, high).values()]
+    assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
+
+
+def test_what_cannot_be_bounded_is_refused(shaken):
+    x = torch.randn(1, 3, 32, 32)
+    assert bound_gates(timm.create_model("resnet20_plain").eval(), x, x) == {}
+    with pytest.raises(ValueError, match="call model.eval"):
+        bound_gates(timm.create_model("resnet20_tam"), x, x)
+    with pytest.raises(ValueError, match="the model's weights are torch.float16"):
+        bound_gates(timm.create_model("resnet20_tam").eval().half(), x, x)
+    with pytest.raises(ValueError, match="no bounds are known through act1, a LeakyReLU, before a gate"):
+        bound_gates(timm.create_model("resnet20_tam", act_layer=nn.LeakyReLU).eval(), x, x)
