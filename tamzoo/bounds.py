@@ -5,6 +5,7 @@ can round there, added up in any order.
 """
 
 import operator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -68,9 +69,10 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
         low: (1, c, h, w), normalised as the model wants it, nowhere above `high`.
         high: As low.
     Returns:
-        Gate name -> lower and upper bound in [0, 1]; 0 and 1 where the features may leave float32's range.
+        Gate name -> lower and upper bound in [0, 1]: 0 and 1 where the features may leave float32's range, or
+        come from a layer of which no rule is known.
     Raises:
-        ValueError: training mode, another precision, or a layer before a gate of which no rule is known.
+        ValueError: training mode, or another precision.
     """
     if model.training:
         raise ValueError("bounding gates needs a model in eval mode; call model.eval() first")
@@ -78,8 +80,14 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
         raise ValueError(f"bounds are of float32 and its rounding, the model's weights are {dtype}")
     intervals = _Intervals(fx.GraphModule(model, _Tracer().trace(model)))
     rounding = 4 * HALF_ULP * torch.maximum(low.abs(), high.abs()).double()
-    intervals.run((low.double() - rounding, high.double() + rounding))
-    return intervals.gates
+    with suppress(_Unknown):
+        intervals.run((low.double() - rounding, high.double() + rounding))
+    names = (name for name, module in model.named_modules() if isinstance(module, TAM))
+    return {name: intervals.gates.get(name, (0.0, 1.0)) for name in names}
+
+
+class _Unknown(Exception):
+    """There is no rule for a layer."""
 
 
 class _Tracer(fx.Tracer):
@@ -112,11 +120,11 @@ class _Intervals(fx.Interpreter):
             return _batch_norm(module, low, high)
         if isinstance(module, RISING):
             return module(low.clone()), module(high.clone())
-        raise ValueError(f"no bounds are known through {target}, a {type(module).__name__}, before a gate")
+        raise _Unknown(target)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
         if target not in (operator.add, operator.iadd):
-            raise ValueError(f"no bounds are known through the function {target.__name__} before a gate")
+            raise _Unknown(target)
         (low, high), (other_low, other_high) = args
         return _widened(low + other_low, high + other_high)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tamzoo import __version__
 from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.bounds import bound_gates
 from tamzoo.checkpoint import whole_file
-from tamzoo.data import normalise
+from tamzoo.data import darkest_and_brightest, normalise
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.fold import FoldReport, reparameterize_model, report_of
 from tamzoo.gates import gates_of
@@ -184,6 +185,8 @@ def deployment(
 ) -> Deployment:
     """Folds a model of ours by the gates that it carries, and collects what its file should tell.
 
+    Of each gate that is folded the report says whether that is proven right for any picture.
+
     Args:
         model: In eval mode on the CPU, as `timm.create_model` made it.
         pixels: Images for the parity check; by default crops of the shipped pictures.
@@ -198,6 +201,9 @@ def deployment(
     if not keep_gates:
         deployed = reparameterize_model(model, tolerance=tolerance)
         report = report_of(deployed)
+        if bounds := bound_gates(model, *darkest_and_brightest(dataset)):
+            proven = (name for name in report.folded if bounds[name][1] - bounds[name][0] <= tolerance)
+            report = replace(report, proven=tuple(proven))
     told = {
         "entry": name,
         "version": __version__,

@@ -20,14 +20,18 @@ class FoldReport:
         folded: Gate name -> the constant that went into the layer before it.
         kept: Gate name -> why it is still there.
         tolerance: Largest width that was folded.
+        proven: The gates of those folded that no picture at all moves further; None where nobody asked.
     """
 
     folded: dict[str, float]
     kept: dict[str, str]
     tolerance: float
+    proven: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         lines = [f"{len(self.folded)} of {len(self.folded) + len(self.kept)} gates folded"]
+        if self.proven is not None:
+            lines[0] += f", {len(self.proven)} of them proven to be constants for any picture"
         lines += [f"  {name}: folded as {constant:.6f}" for name, constant in self.folded.items()]
         lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)

@@ -182,12 +182,18 @@ def test_features_beyond_float32_leave_a_gate_unknown(shaken):
     assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
 
 
-def test_what_cannot_be_bounded_is_refused(shaken):
+def test_behind_layers_without_a_rule_nothing_is_known(shaken):
+    model, x = shaken(timm.create_model("resnet20_tam")), torch.randn(1, 3, 32, 32)
+    known = bound_gates(model, x, x)
+    model.layer2[0].act1 = nn.GELU()  # it falls and rises
+    before = ["layer1.0.se", "layer1.1.se", "layer1.2.se"]
+    assert bound_gates(model, x, x) == dict.fromkeys(known, (0, 1)) | {name: known[name] for name in before}
+
+
+def test_what_cannot_be_bounded_is_refused():
     x = torch.randn(1, 3, 32, 32)
     assert bound_gates(timm.create_model("resnet20_plain").eval(), x, x) == {}
     with pytest.raises(ValueError, match="call model.eval"):
         bound_gates(timm.create_model("resnet20_tam"), x, x)
     with pytest.raises(ValueError, match="the model's weights are torch.float16"):
         bound_gates(timm.create_model("resnet20_tam").eval().half(), x, x)
-    with pytest.raises(ValueError, match="no bounds are known through act1, a LeakyReLU, before a gate"):
-        bound_gates(timm.create_model("resnet20_tam", act_layer=nn.LeakyReLU).eval(), x, x)

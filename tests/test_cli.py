@@ -80,7 +80,9 @@ def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
     for suffix in ("safetensors", "pt2"):
         path = tmp_path / f"model.{suffix}"
         code, out, err = tamzoo("export", "wrn10_4_tam.cifar10", "-o", path)
-        assert code == 0 and "3 of 3 gates folded" in out and "same top-1 on 256" in out, err
+        assert code == 0 and "3 of 3 gates folded, 3 of them proven" in out and "same top-1 on 256" in out, (
+            err
+        )
         assert path.is_file()
     refused(tamzoo("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.h5"), "a file named .onnx, .safeten")
 

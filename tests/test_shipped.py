@@ -65,7 +65,13 @@ def test_demo_shows_the_main_job(monkeypatch, capsys):
     except SystemExit as stop:
         assert not stop.code
     out = capsys.readouterr().out
-    for words in ("cat.jpg        cat", "8 of 8 gates folded", "same top-1 on 256", "TAM folded", "of plain"):
+    for words in (
+        "cat.jpg        cat",
+        "8 of 8 gates folded, 8 of them proven",
+        "same top-1 on 256",
+        "TAM folded",
+        "of plain",
+    ):
         assert words in out, out
 
 
