@@ -28,29 +28,33 @@ def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
         low: (c,), smallest value of each channel.
         high: (c,), largest.
     Returns:
-        Lower and upper bound in [0, 1], widened by what float32 rounding can add in the tree.
+        Lower and upper bound in [0, 1], widened by what float32 rounding can add in the tree; 0 and 1 where
+        it may overflow there.
     """
-    low, high = low.double().clone(), high.double().clone()
+    low, high = low.double(), high.double()
     for layer in gate.tree:
+        terms = 1
         if isinstance(layer, nn.Conv2d):
-            groups, fan_in = layer.groups, layer.in_channels // layer.groups
-            weight = layer.weight.double().view(groups, -1, fan_in)  # (groups, outputs, inputs)
-            low, high = low.view(groups, 1, fan_in), high.view(groups, 1, fan_in)
+            groups, terms = layer.groups, layer.in_channels // layer.groups
+            weight = layer.weight.double().view(groups, -1, terms)  # (groups, outputs, inputs)
+            low, high = low.view(groups, 1, terms), high.view(groups, 1, terms)
             ends = weight * low, weight * high
             size = torch.maximum(ends[0].abs(), ends[1].abs()).sum(2).flatten()
             low = torch.minimum(*ends).sum(2).flatten()
             high = torch.maximum(*ends).sum(2).flatten()
-            bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(low)
-            rounding = (fan_in + 1) * HALF_ULP * 2 * (size + bias.abs())
-            low, high = low + bias - rounding, high + bias + rounding
-        elif isinstance(layer, nn.PReLU):
-            slope = layer.weight.double()
-            ends = [torch.where(end < 0, slope * end, end) for end in (low, high)]
+            if layer.bias is not None:
+                bias = layer.bias.double()
+                low, high, size = low + bias, high + bias, size + bias.abs()
+        else:
+            assert isinstance(layer, nn.PReLU)
+            ends = [torch.where(end < 0, layer.weight.double() * end, end) for end in (low, high)]
             touches_zero = (low < 0) & (high > 0)
             ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
-            rounding = HALF_ULP * 2 * torch.maximum(low.abs(), high.abs())
-            low = torch.stack(ends).amin(0) - rounding
-            high = torch.stack(ends).amax(0) + rounding
+            low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
+            size = torch.maximum(low.abs(), high.abs())
+        if not _stays_finite(size):
+            return 0.0, 1.0
+        low, high = _widened(low, high, size, terms + 1)
     # a float32 sigmoid is off by a few units in the last place
     return torch.sigmoid(low).item() * (1 - 8 * HALF_ULP), min(
         1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP)
@@ -79,15 +83,14 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
     if (dtype := next(model.parameters()).dtype) != torch.float32:
         raise ValueError(f"bounds are of float32 and its rounding, the model's weights are {dtype}")
     intervals = _Intervals(fx.GraphModule(model, _Tracer().trace(model)))
-    rounding = 4 * HALF_ULP * torch.maximum(low.abs(), high.abs()).double()
     with suppress(_Unknown):
-        intervals.run((low.double() - rounding, high.double() + rounding))
+        intervals.run(_step(low.double(), high.double()))
     names = (name for name, module in model.named_modules() if isinstance(module, TAM))
     return {name: intervals.gates.get(name, (0.0, 1.0)) for name in names}
 
 
 class _Unknown(Exception):
-    """There is no rule for a layer."""
+    """There is no rule for a layer, or float32 may overflow in it."""
 
 
 class _Tracer(fx.Tracer):
@@ -109,14 +112,13 @@ class _Intervals(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
         module, (low, high) = self.fetch_attr(target), args[0]
         if isinstance(module, TAM):
-            self.gates[target] = least, most = _gate(module, low, high)
-            return _widened(
-                torch.where(low < 0, low * most, low * least),
-                torch.where(high < 0, high * least, high * most),
-            )
-        if isinstance(module, nn.Conv2d):
+            least, most = gate_bounds(module, low.amin((0, 2, 3)), high.amax((0, 2, 3)))
+            self.gates[target] = least, most
+            low = torch.where(low < 0, low * most, low * least)
+            return _step(low, torch.where(high < 0, high * least, high * most))
+        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
             return _convolution(module, low, high)
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             return _batch_norm(module, low, high)
         if isinstance(module, RISING):
             return module(low.clone()), module(high.clone())
@@ -126,29 +128,35 @@ class _Intervals(fx.Interpreter):
         if target not in (operator.add, operator.iadd):
             raise _Unknown(target)
         (low, high), (other_low, other_high) = args
-        return _widened(low + other_low, high + other_high)
+        return _step(low + other_low, high + other_high)
 
 
-def _widened(low: Tensor, high: Tensor, relative: float = 4 * HALF_ULP) -> Interval:
-    rounding = relative * torch.maximum(low.abs(), high.abs())
+def _stays_finite(size: Tensor) -> bool:
+    return size.max().item() < LARGEST  # and NaN is not
+
+
+def _widened(low: Tensor, high: Tensor, size: Tensor, terms: int) -> Interval:
+    """By twice what float32 can round in a sum of so many terms whose absolute values come to `size`."""
+    rounding = 2 * HALF_ULP * terms * size
     return low - rounding, high + rounding
 
 
-def _gate(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
-    if not max(-low.min().item(), high.max().item()) < LARGEST:  # float32 may overflow, and NaN is no number
-        return 0.0, 1.0
-    return gate_bounds(gate, low.amin((0, 2, 3)), high.amax((0, 2, 3)))
+def _step(low: Tensor, high: Tensor, size: Tensor | None = None, terms: int = 2) -> Interval:
+    """The result of a layer; `size` is by default the result's."""
+    size = torch.maximum(low.abs(), high.abs()) if size is None else size
+    if not _stays_finite(size):
+        raise _Unknown
+    return _widened(low, high, size, terms)
 
 
 def _convolution(layer: nn.Conv2d, low: Tensor, high: Tensor) -> Interval:
     """By centre and radius, each a convolution."""
     centre, radius, weight = (low + high) / 2, (high - low) / 2, layer.weight.double()
-    rounding = 2 * HALF_ULP * (weight[0].numel() + 2)
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if layer.bias is None else layer.bias.double()
     how: Any = layer.stride, layer.padding, layer.dilation, layer.groups
-    middle = conv2d(centre, weight, bias, *how)
-    reach = conv2d(radius + rounding * (centre.abs() + radius), weight.abs(), rounding * bias.abs(), *how)
-    return middle - reach, middle + reach
+    middle, reach = conv2d(centre, weight, bias, *how), conv2d(radius, weight.abs(), None, *how)
+    size = conv2d(centre.abs() + radius, weight.abs(), bias.abs(), *how)
+    return _step(middle - reach, middle + reach, size, weight[0].numel() + 1)
 
 
 def _batch_norm(layer: nn.BatchNorm2d, low: Tensor, high: Tensor) -> Interval:
@@ -157,7 +165,6 @@ def _batch_norm(layer: nn.BatchNorm2d, low: Tensor, high: Tensor) -> Interval:
     scale = layer.weight.double() * scale if layer.affine else scale
     bias = layer.bias.double() if layer.affine else torch.zeros_like(scale)
     mean, scale, bias = (value[:, None, None] for value in (mean, scale, bias))
-    size = torch.maximum(low.abs(), high.abs()) + mean.abs()
-    rounding = 16 * HALF_ULP * (scale.abs() * size + bias.abs())
     ends = (low - mean) * scale + bias, (high - mean) * scale + bias
-    return torch.minimum(*ends) - rounding, torch.maximum(*ends) + rounding
+    size = (torch.maximum(low.abs(), high.abs()) + mean.abs()) * scale.abs() + bias.abs()
+    return _step(torch.minimum(*ends), torch.maximum(*ends), size, 8)
