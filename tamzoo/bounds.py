@@ -69,18 +69,18 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
     of that size, seen or not, moves it.
 
     Args:
-        model: One of ours, in eval mode and float32, of which the rounding is.
+        model: One of ours, in eval mode and float32, of which the rounding is, or float64, which rounds less.
         low: (1, c, h, w), normalised as the model wants it, nowhere above `high`.
         high: As low.
     Returns:
         Gate name -> lower and upper bound in [0, 1]: 0 and 1 where the features may leave float32's range, or
         come from a layer of which no rule is known.
     Raises:
-        ValueError: training mode, or another precision.
+        ValueError: training mode, or a coarser precision.
     """
     if model.training:
         raise ValueError("bounding gates needs a model in eval mode; call model.eval() first")
-    if (dtype := next(model.parameters()).dtype) != torch.float32:
+    if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"bounds are of float32 and its rounding, the model's weights are {dtype}")
     intervals = _Intervals(fx.GraphModule(model, _Tracer().trace(model)))
     with suppress(_Unknown):

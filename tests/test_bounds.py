@@ -182,6 +182,11 @@ def test_features_beyond_float32_leave_a_gate_unknown(shaken):
     assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
 
 
+def test_bounds_of_float64_are_those_of_the_same_float32(shaken):
+    model, x = shaken(timm.create_model("resnet20_tam")), torch.randn(1, 3, 32, 32)
+    assert bound_gates(model, x, x) == bound_gates(model.double(), x, x)
+
+
 def test_behind_layers_without_a_rule_nothing_is_known(shaken):
     model, x = shaken(timm.create_model("resnet20_tam")), torch.randn(1, 3, 32, 32)
     known = bound_gates(model, x, x)
