@@ -87,9 +87,7 @@ def print_gates(gates: Iterable[GateStats], tolerance: float, images: str) -> No
         )
         for gate in gates
     ]
-    title = (
-        f"Gates over {images}; static: maximum - minimum at most {tolerance:g}; proven: so for any picture"
-    )
+    title = f"Gates over {images}; static: maximum - minimum at most {tolerance:g}; proven: on any picture"
     table(title, columns, rows)
 
 
