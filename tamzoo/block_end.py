@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tamzoo.attention import TAM
 from tamzoo.backbones import BasicBlock, Bottleneck
-from tamzoo.tree import flat, gate_product, gate_product_backward, launches
+from tamzoo.tree import flat, gate_product, gate_product_backward, launches, ordinary
 
 
 class _JoinedEnd:
@@ -22,11 +22,11 @@ class _JoinedEnd:
         training: bool
         last_affine: str
         downsample: nn.Module | None
-        se: TAM
+        se: TAM | None
         _branch: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.se is None:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         shortcut = x if self.downsample is None else self.downsample(x)
         x, norm = self._branch(x), getattr(self, self.last_affine)
@@ -75,6 +75,7 @@ def _can_join(block: Any) -> bool:
         type(block.se) is TAM
         and block.se.group_size == 2
         and block.se.channels.bit_count() == 1 < block.se.channels
+        and ordinary(block.se.tree)
         and type(norm) is nn.BatchNorm2d
         and norm.affine
         and norm.track_running_stats

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tamzoo.records import Record, read_record
 
 WEIGHTS = "model.safetensors"  # in the folder of an entry or of a run, record.json beside it
+ADAPTABLE = {"conv1.weight", "fc.weight", "fc.bias"}  # timm fits them to other channels and classes
 
 
 def sha256_of(path: Path) -> str:
@@ -123,12 +124,11 @@ def check_fit(weights: dict[str, Tensor], model: nn.Module, name: str) -> None:
     """
     expected = {key: value.shape for key, value in model.state_dict().items() if "measured_gate" not in key}
     found = {key: value.shape for key, value in weights.items() if "measured_gate" not in key}
-    adaptable = {"conv1.weight", "fc.weight", "fc.bias"}
     problems = {
-        "missing": sorted(expected.keys() - found.keys() - adaptable),
-        "unexpected": sorted(found.keys() - expected.keys() - adaptable),
+        "missing": sorted(expected.keys() - found.keys() - ADAPTABLE),
+        "unexpected": sorted(found.keys() - expected.keys() - ADAPTABLE),
         "of another shape": sorted(
-            key for key in expected.keys() & found.keys() - adaptable if expected[key] != found[key]
+            key for key in expected.keys() & found.keys() - ADAPTABLE if expected[key] != found[key]
         ),
     }
     if any(problems.values()):
@@ -164,10 +164,11 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     check_weights_file(path)
     weights = load_file(path)
     check_fit(weights, model, name)
-    for key in ("conv1.weight", "fc.weight", "fc.bias"):
-        expected, found = model.state_dict()[key].shape, weights[key].shape if key in weights else None
+    state = model.state_dict()
+    for key in sorted(ADAPTABLE & (state.keys() | weights.keys())):
+        expected, found = (list(held[key].shape) if key in held else None for held in (state, weights))
         if found != expected:
-            raise ValueError(f"these weights are not of {name}: {key} is {found}, expected {tuple(expected)}")
+            raise ValueError(f"these weights are not of {name}: {key} is {found}, expected {expected}")
     model.load_state_dict(weights)
 
 

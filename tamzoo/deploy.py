@@ -193,10 +193,20 @@ def deployment(
         weights_sha256: Of the file that the model's weights are from, where they are from one.
         keep_gates: Do not fold; there is no fold report then.
     Raises:
-        ValueError: as `reparameterize_model`.
+        ValueError: not a model of ours, or not of its data set's channels; or as `reparameterize_model`.
     """
-    cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
-    name, dataset = f"{cfg['architecture']}.{cfg['tag']}", DATASETS[cfg["tag"]]
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    if (tag := cfg.get("tag")) not in DATASETS:
+        raise ValueError(
+            f"expected a model of tamzoo as timm.create_model made it, got {type(model).__name__} "
+            f"of tag {tag!r}"
+        )
+    name, dataset = f"{cfg['architecture']}.{tag}", DATASETS[tag]
+    if (channels := model.conv1.in_channels) != dataset.input_size[0]:  # pyright: ignore
+        raise ValueError(
+            f"{name}: exported files take pictures of {dataset.input_size[0]} channels, as its data set has; "
+            f"this model takes {channels}"
+        )
     report, deployed = None, model
     if not keep_gates:
         deployed = reparameterize_model(model, tolerance=tolerance)

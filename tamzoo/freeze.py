@@ -33,6 +33,7 @@ def freeze_gates(
     for name, mean in frozen.items():
         if not 0 < mean < 1:
             raise ValueError(f"gate {name} is {mean} on average; expected a number between 0 and 1")
+    for name, mean in frozen.items():
         gate = gates_of(model)[name]
         last = gate.tree[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None

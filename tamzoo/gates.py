@@ -72,7 +72,8 @@ def measure_gates(
         within the ranges seen here, float32 rounding included (interval arithmetic through the tree);
         those that are proven, where `ends` are given, for every input between these.
     Raises:
-        ValueError: training mode, no gates, fewer than two images, or a gate that is not finite.
+        ValueError: training mode, a coarser precision than float32, no gates, fewer than two images, or a
+            gate that is not finite.
     """
     if model.training:
         raise ValueError("measuring gates needs a model in eval mode; call model.eval() first")
@@ -81,13 +82,19 @@ def measure_gates(
         raise ValueError(
             f"{type(model).__name__} has no TAM gates; measure a model named *_tam before folding it"
         )
+    place = next(model.parameters())
+    if place.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"measuring gates needs a float32 model, got {place.dtype}, whose rounding hides how gates move; "
+            "measure model.float(), which may be converted afterwards"
+        )
     watches = {name: _Watch() for name in gates}
     hooks = [gates[name].register_forward_pre_hook(watch) for name, watch in watches.items()]
-    place = next(model.parameters())
     try:
         pieces = list(images.split(batch_size)) if isinstance(images, Tensor) else images
-        for batch in progress(pieces, "Measuring gates"):
-            model(batch.to(place.device, place.dtype))
+        with torch.autocast(place.device.type, enabled=False):
+            for batch in progress(pieces, "Measuring gates"):
+                model(batch.to(place.device, place.dtype))
     finally:
         for hook in hooks:
             hook.remove()

@@ -24,7 +24,7 @@ def plain_name(name: str) -> str:
 
 
 def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress: Progress = silent) -> Parity:
-    """Writes float32 safetensors that load strictly into the plain architecture.
+    """Writes float32 safetensors that load strictly into the plain architecture of as many classes.
 
     Raises:
         ValueError: an attention is left, uint8 is asked for, or as `write_checked`.
@@ -44,7 +44,7 @@ def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress:
     told = {"format": "pt", "architecture": plain} | made.told | told_of(made.model, made.dataset)
 
     def load(part: Path) -> Run:
-        model = timm.create_model(plain).eval()
+        model = timm.create_model(plain, num_classes=made.model.num_classes).eval()
         load_weights(model, part, plain)
         return model
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from tamzoo import tree_cpu
@@ -41,7 +42,7 @@ def flat(tree: nn.Sequential) -> Tensor:
 
 def climb(x: Tensor, tree: nn.Sequential) -> Tensor:
     """tree(x): (n, c, h, w) -> (n, 1, h, w), on CUDA without cuDNN, known to be slow at many tiny groups."""
-    return by_levels(x, tree) if x.is_cuda and not _leaves_torch() else tree(x)
+    return by_levels(x, tree) if x.is_cuda and not _leaves_torch() and ordinary(tree) else tree(x)
 
 
 def by_levels(x: Tensor, tree: nn.Sequential) -> Tensor:
@@ -83,8 +84,16 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
     return saved_tensors_hooks(lambda kept: None if kept.data_ptr() == address else kept, unpack)
 
 
+def ordinary(tree: nn.Sequential) -> bool:
+    """Whether the parameters say all: no hook or parametrization, as pruning adds, and no other layer."""
+    return all(
+        type(layer) in (nn.Conv2d, nn.PReLU) and not (layer._forward_pre_hooks or layer._forward_hooks)
+        for layer in tree
+    )
+
+
 def _fits(x: Tensor, tree: nn.Sequential) -> bool:
-    if _leaves_torch():
+    if _leaves_torch() or _transformed() or not ordinary(tree):
         return False
     levels = (len(tree) + 1) // 2
     if x.dim() != 4 or x.numel() == 0 or x.shape[1] != 2**levels:  # no factor is below 2, so all are 2
@@ -100,6 +109,12 @@ def _fits(x: Tensor, tree: nn.Sequential) -> bool:
 def _leaves_torch() -> bool:
     """Whether the model is being exported: what leaves torch is made of standard operators."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which the operator has no rules for."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result

@@ -115,6 +115,16 @@ def test_other_blocks_are_left_alone(options):
     assert join_ends(blocks) == 0 and type(blocks[0]) is Bottleneck
 
 
+@needs_compiler
+def test_a_joined_block_that_was_folded_trains_without_its_gate():
+    joined = stage(BasicBlock)
+    assert join_ends(joined) == 2
+    joined.eval()(noise(2, 4, 5, 7))
+    for block in joined:
+        block.se = None
+    joined.train()(noise(2, 4, 5, 7)).sum().backward()
+
+
 def test_models_of_other_makes_are_left_alone():
     assert join_ends(nn.Sequential(TimmBottleneck(32, 8))) == 0
     assert join_ends(timm.create_model("wrn10_4_tam")) == 0

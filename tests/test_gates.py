@@ -37,6 +37,19 @@ def test_statistics_equal_those_of_all_gate_values_at_once(model):
         assert gate.max == pytest.approx(values.max().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_precisions_whose_rounding_hides_movement_are_refused(model, dtype):
+    with pytest.raises(ValueError, match=rf"needs a float32 model, got {dtype}"):
+        measure_gates(model.to(dtype), torch.randn(2, 3, 32, 32))
+
+
+def test_autocast_does_not_round_what_is_measured(model):
+    images = torch.randn(4, 3, 32, 32)
+    expected = measure_gates(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert measure_gates(model, images) == expected
+
+
 def test_batches_give_what_one_tensor_gives(model):
     images = torch.randn(8, 3, 32, 32)
     assert measure_gates(model, images, batch_size=4) == measure_gates(model, iter(images.split(4)))

@@ -43,6 +43,28 @@ def test_the_plain_checkpoint_loads_strictly_into_the_plain_architecture(made, t
     assert told["entry"] == ENTRY and json.loads(told["labels"])[3] == "cat"
 
 
+@pytest.mark.parametrize("classes", [5, 0])
+def test_a_plain_checkpoint_has_the_classes_of_its_model(classes, tmp_path):
+    model = timm.create_model(ENTRY, pretrained=True, num_classes=classes).eval()
+    export_plain(deployment(model, pixels=PIXELS), tmp_path / "plain.safetensors")
+    plain = timm.create_model("wrn10_4_plain.cifar10", num_classes=classes).eval()
+    plain.load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=True)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: timm.create_model("resnet18"), "expected a model of tamzoo .* ResNet of tag 'a1_in1k'"),
+        (lambda: torch.nn.ReLU(), "expected a model of tamzoo .* ReLU of tag None"),
+        (lambda: timm.create_model(ENTRY, in_chans=1), "pictures of 3 channels.* this model takes 1"),
+    ],
+)
+def test_what_is_not_a_model_of_the_zoo_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        deployment(model().eval())
+
+
 @pytest.mark.parametrize("uint8", [False, True])
 def test_a_program_answers_for_any_batch_and_tells_what_an_onnx_file_tells(made, tmp_path, uint8):
     path = tmp_path / "model.pt2"

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from tamzoo import tree, tree_cpu
@@ -85,6 +87,39 @@ def test_autocast_leaves_float32_input_in_float32():
         out = module(x)
     assert out.dtype is reference(module, x).dtype is torch.float32
     assert differs(out, reference(module, x)) < 1e-6
+
+
+def pruned(tree: nn.Sequential) -> None:
+    prune.l1_unstructured(tree[0], "weight", amount=0.5)
+
+
+def weight_normed(tree: nn.Sequential) -> None:
+    parametrizations.weight_norm(tree[0])
+    tree[0].parametrizations.weight.original0.data.mul_(3)
+
+
+def rectified(tree: nn.Sequential) -> None:
+    tree[1] = nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [pruned, weight_normed, rectified])
+def test_a_changed_tree_is_climbed_layer_by_layer(change):
+    module, x = shaken(16), images(2, 16, 3, 3)
+    change(module.tree)
+    assert differs(module(x), reference(module, x)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own use
+def test_derivatives_of_torch_func_in_channels_last():
+    module, x = shaken(16).eval(), images(2, 16, 3, 3)
+    direction = x.detach().flip(0)
+    expected = torch.func.jvp(lambda x: reference(module, x), (x,), (direction,))[1]
+    assert differs(torch.func.jvp(module, (x,), (direction,))[1], expected) < 1e-12
+    wanted = torch.func.grad(lambda x: reference(module, x).square().sum())(x)
+    assert differs(torch.func.grad(lambda x: module(x).square().sum())(x), wanted) < 1e-12
+    with forward_ad.dual_level():
+        out = module(forward_ad.make_dual(x, direction))
+        assert differs(forward_ad.unpack_dual(out).tangent, expected) < 1e-12
 
 
 class Normalised(nn.Module):
