@@ -33,6 +33,7 @@ _SHA256 = {  # of model.safetensors, by recipe
         "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
     },
     "progressive-cpu": {
+        "resnext50_32x4d_tam.cifar10": "11c2b6027d8bb9c1920f84e95db96b9cb9803bc965be770c6c99d0202fc40179",
         "wrn16_8_tam.cifar100": "273a3c0ae3de03501256075abf0bf97decc79065de3e699d382884b85b828ec9",
     },
     "restart-cpu": {
