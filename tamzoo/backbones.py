@@ -40,8 +40,9 @@ class GatedBlock:
         if not isinstance(self.se, (TAM, Scalar)):
             return f"{type(self.se).__name__} depends on its input by design"
         layer = getattr(self, self.last_affine)
-        if getattr(layer, "weight", None) is None:
-            return f"{self.last_affine} ({type(layer).__name__}) has no weights to fold into"
+        own = layer._parameters  # pruning and parametrizations make weights anew from others at every pass
+        if own.get("weight") is None or (layer.bias is not None and own.get("bias") is None):
+            return f"{self.last_affine} ({type(layer).__name__}) has no weights of its own to fold into"
         mean, low, high = self.se.measured_gate.double().tolist()
         if high == 0.0:
             return "not measured since its weights last changed"
@@ -53,7 +54,10 @@ class GatedBlock:
             now = self.se.gate_at_zero()
             slack = max(tolerance, GATE_TOLERANCE) + torch.finfo(layer.weight.dtype).eps
             if not low - slack <= now <= high + slack:
-                return f"measured as {mean:.6f}, but now {now:.6f} for an input of zeros; measure it again"
+                return (
+                    f"measured as {mean:.6f}, but {now:.6f} for an input of zeros: its weights changed since "
+                    "(measure it again), or it is that only on the images measured"
+                )
         with torch.no_grad():
             for parameter in (layer.weight, layer.bias):
                 if parameter is not None:

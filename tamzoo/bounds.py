@@ -31,7 +31,13 @@ def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
         Lower and upper bound in [0, 1], widened by what float32 rounding can add in the tree; 0 and 1 where
         it may overflow there.
     """
-    low, high = low.double(), high.double()
+    try:
+        return _through_tree(gate, low.double(), high.double())
+    except _Unknown:
+        return 0.0, 1.0
+
+
+def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
     for layer in gate.tree:
         terms = 1
         if isinstance(layer, nn.Conv2d):
@@ -52,13 +58,10 @@ def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
             ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
             low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
             size = torch.maximum(low.abs(), high.abs())
-        if not _stays_finite(size):
-            return 0.0, 1.0
-        low, high = _widened(low, high, size, terms + 1)
-    # a float32 sigmoid is off by a few units in the last place
-    return torch.sigmoid(low).item() * (1 - 8 * HALF_ULP), min(
-        1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP)
-    )
+        low, high = _step(low, high, size, terms + 1)
+    # a float32 sigmoid is off by a few units in the last place, and 0 below the smallest normal number
+    least = torch.sigmoid(low).item() * (1 - 8 * HALF_ULP) - torch.finfo(torch.float32).tiny
+    return max(0.0, least), min(1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP))
 
 
 @torch.no_grad()
@@ -112,7 +115,7 @@ class _Intervals(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
         module, (low, high) = self.fetch_attr(target), args[0]
         if isinstance(module, TAM):
-            least, most = gate_bounds(module, low.amin((0, 2, 3)), high.amax((0, 2, 3)))
+            least, most = _through_tree(module, low.amin((0, 2, 3)), high.amax((0, 2, 3)))
             self.gates[target] = least, most
             low = torch.where(low < 0, low * most, low * least)
             return _step(low, torch.where(high < 0, high * least, high * most))

@@ -100,8 +100,8 @@ def check_weights_file(path: Path, sha256: str | None = None) -> None:
             pass
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
-            start = file.read(4)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+            start = file.read(9)  # of safetensors: the length of a header, which begins with a brace
+        if start[8:] not in (b"", b"{") and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise ValueError(
                 f"{path}: expected safetensors, got a pickle (.pth/.bin), which can run code when loaded; "
                 "convert it with safetensors.torch.save_file in an environment you trust"

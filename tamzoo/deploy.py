@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tamzoo import __version__
 from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.bounds import bound_gates
-from tamzoo.checkpoint import whole_file
+from tamzoo.checkpoint import check_output_file, whole_file
 from tamzoo.data import darkest_and_brightest, normalise
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.fold import FoldReport, reparameterize_model, report_of
@@ -116,12 +116,13 @@ def write_checked(
         pixels: uint8 (n, 3, h, w) images to compare on, n >= 256.
         how: As for `check_parity`.
     Raises:
-        ValueError: too few images, training mode, or the parity fails: then there is no file.
+        ValueError: too few images, training mode, no such folder, or the parity fails: then there is no file.
     """
     if len(pixels) < PARITY_IMAGES:
         raise ValueError(f"the parity check needs at least {PARITY_IMAGES} images, got {len(pixels)}")
     if reference.training:
         raise ValueError("export needs models in eval mode; call model.eval() first")
+    check_output_file(path)
     with whole_file(path) as part:
         write(part)
         parity = check_parity(load(part), reference, dataset, pixels, **how)

@@ -94,6 +94,11 @@ def measure_gates(
         pieces = list(images.split(batch_size)) if isinstance(images, Tensor) else images
         with torch.autocast(place.device.type, enabled=False):
             for batch in progress(pieces, "Measuring gates"):
+                fits = isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() == 4
+                if not fits or not len(batch):
+                    raise ValueError(
+                        f"expected normalised images (n, c, h, w) in batches, got {_kind(batch)}"
+                    )
                 model(batch.to(place.device, place.dtype))
     finally:
         for hook in hooks:
@@ -112,6 +117,10 @@ def measure_gates(
             zip(gates.items(), watches.values(), strict=True), start=1
         )
     ]
+
+
+def _kind(batch: object) -> str:
+    return f"{batch.dtype} {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
 
 
 def _stats(

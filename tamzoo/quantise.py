@@ -38,14 +38,17 @@ def quantise(source: Path, dataset: Dataset, calibration: Tensor, progress: Prog
         source: Its input is float.
         calibration: uint8 (n, 3, h, w) training images.
     Raises:
-        ValueError: no such file, or no images.
+        ValueError: no such file, one of another input than float32, or no images.
     """
     onnx, _ = onnx_libraries()
     from onnxruntime import quantization as q
 
     if not len(calibration):
         raise ValueError("int8 needs training images to calibrate on, got none")
-    told = open_session(source).get_modelmeta().custom_metadata_map
+    session = open_session(source)
+    if (found := session.get_inputs()[0].type) != "tensor(float)":
+        raise ValueError(f"{source}: int8 is made from a file that takes float32 pixels, this takes {found}")
+    told = session.get_modelmeta().custom_metadata_map
     with TemporaryDirectory() as folder:
         prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
         # shapes of convolutions and classifiers are known without symbolic inference

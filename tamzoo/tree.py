@@ -85,11 +85,16 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
 
 
 def ordinary(tree: nn.Sequential) -> bool:
-    """Whether the parameters say all: no hook or parametrization, as pruning adds, and no other layer."""
-    return all(
-        type(layer) in (nn.Conv2d, nn.PReLU) and not (layer._forward_pre_hooks or layer._forward_hooks)
-        for layer in tree
-    )
+    """Whether the layers are as TAM makes them: no hook or parametrization, as pruning adds, and no other."""
+    width = 0
+    for layer in tree:
+        if layer._forward_pre_hooks or layer._forward_hooks:
+            return False
+        if type(layer) is nn.Conv2d and layer.bias is not None:
+            width = layer.out_channels
+        elif type(layer) is not nn.PReLU or layer.num_parameters != width:
+            return False
+    return True
 
 
 def _fits(x: Tensor, tree: nn.Sequential) -> bool:

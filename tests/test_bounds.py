@@ -182,6 +182,24 @@ def test_features_beyond_float32_leave_a_gate_unknown(shaken):
     assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
 
 
+def test_behind_a_gate_that_overflows_nothing_is_known(shaken):
+    model = shaken(timm.create_model("resnet20_tam.cifar10"))
+    for gate in gates_of(model).values():
+        nn.init.zeros_(gate.tree[-1].weight)
+    nn.init.constant_(model.layer2[0].se.tree[0].weight, 1e38)
+    low, high = darkest_and_brightest(ENTRIES["resnet20_tam.cifar10"].dataset)
+    widths = [most - least for least, most in bound_gates(model, low, high).values()]
+    assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
+
+
+def test_a_shut_gate_is_bounded_by_zero():
+    gate, x = TAM(4), torch.zeros(4)
+    nn.init.zeros_(gate.tree[-1].weight)
+    nn.init.constant_(gate.tree[-1].bias, -95)  # a sigmoid of 5e-42
+    least, most = gate_bounds(gate, x, x)
+    assert least == 0 < most < 1e-37
+
+
 def test_bounds_of_float64_are_those_of_the_same_float32(shaken):
     model, x = shaken(timm.create_model("resnet20_tam")), torch.randn(1, 3, 32, 32)
     assert bound_gates(model, x, x) == bound_gates(model.double(), x, x)

@@ -5,6 +5,7 @@ from math import nan
 import pytest
 import timm
 import torch
+from torch.nn.utils import parametrizations, prune
 
 import tamzoo
 from tamzoo.gates import gates_of, measure_gates, remember_gates
@@ -103,7 +104,7 @@ def test_a_tree_that_changed_in_eval_mode_since_it_was_measured_stays(shaken):
         model.layer2[1].se.tree[-1].bias += 0.01
     folded = tamzoo.reparameterize_model(model)
     ((name, reason),) = folded.fold_report.kept.items()
-    assert name == "layer2.1.se" and "for an input of zeros; measure it again" in reason
+    assert name == "layer2.1.se" and "for an input of zeros: its weights changed since" in reason
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
@@ -150,7 +151,25 @@ def test_a_norm_without_affine_cannot_take_a_gate(shaken):
     ).eval()
     gates = measure_gates(make_static(model), torch.randn(2, 3, 32, 32))
     reasons = tamzoo.reparameterize_model(model, gates).fold_report.kept.values()
-    assert set(reasons) == {"bn2 (BatchNorm2d) has no weights to fold into"}
+    assert set(reasons) == {"bn2 (BatchNorm2d) has no weights of its own to fold into"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm: prune.random_unstructured(norm, "weight", amount=0.3),
+        lambda norm: prune.random_unstructured(norm, "bias", amount=0.3),
+        lambda norm: parametrizations.weight_norm(norm, dim=None),
+    ],
+)
+def test_a_layer_whose_weights_are_made_from_others_cannot_take_a_gate(shaken, change):
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10")))
+    change(model.layer1[1].bn2)
+    x = torch.randn(2, 3, 32, 32)
+    folded = tamzoo.reparameterize_model(model, measure_gates(model, x))
+    assert len(folded.fold_report.folded) == 8
+    assert "has no weights of its own to fold into" in folded.fold_report.kept["layer1.1.se"]
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_folded_is_refused():

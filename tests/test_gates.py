@@ -90,6 +90,16 @@ def test_what_cannot_be_measured_is_refused(model):
     images = torch.randn(2, 3, 32, 32)
     with pytest.raises(ValueError, match="1 images cannot show whether a gate is static"):
         measure_gates(model, images[:1])
+    for batches, got in (
+        (images[:0], r"torch.float32 \(0, 3, 32, 32\)"),
+        (images[0], r"torch.float32 \(3, 32, 32\)"),
+        (images.byte(), r"torch.uint8 \(2, 3, 32, 32\)"),
+        ([(images, torch.zeros(2))], "tuple"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"expected normalised images \(n, c, h, w\) in batches, got {got}"
+        ):
+            measure_gates(model, batches)
     with pytest.raises(ValueError, match="call model.eval"):
         measure_gates(model.train(), images)
     with pytest.raises(ValueError, match="ResNet has no TAM gates"):

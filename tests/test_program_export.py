@@ -124,6 +124,12 @@ def test_gates_may_stay_in_a_program(tmp_path):
     torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_a_folder_cannot_be_the_file(made, tmp_path):
+    with pytest.raises(ValueError, match="expected the name of a file, found a folder"):
+        export_plain(made, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match="x.pth: expected a file named .onnx, .safetensors, .pt2"):
         exporter_for(tmp_path / "x.pth")

@@ -77,6 +77,11 @@ def test_what_cannot_be_quantised_is_refused(made, source, tmp_path):
         export_int8(made, path, source=source, calibration=CALIBRATION[:0])
     with pytest.raises(ValueError, match="expected an ONNX file, found no such file"):
         export_int8(made, path, source=tmp_path / "missing.onnx", calibration=CALIBRATION)
+    bytes_in = tmp_path / "bytes.onnx"
+    export_deployment(made, bytes_in, uint8=True)
+    with pytest.raises(ValueError, match=r"takes float32 pixels, this takes tensor\(uint8\)"):
+        export_int8(made, path, source=bytes_in, calibration=CALIBRATION)
+    bytes_in.unlink()
     other = timm.create_model("wrn10_4_plain.cifar10").eval()
     with pytest.raises(ValueError, match="is not written, the export disagrees with the model"):
         export_int8(replace(made, reference=other), path, source=source, calibration=CALIBRATION)

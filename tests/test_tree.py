@@ -102,7 +102,15 @@ def rectified(tree: nn.Sequential) -> None:
     tree[1] = nn.ReLU()
 
 
-@pytest.mark.parametrize("change", [pruned, weight_normed, rectified])
+def of_one_slope(tree: nn.Sequential) -> None:
+    tree[1] = nn.PReLU(1, dtype=torch.float64)
+
+
+def without_bias(tree: nn.Sequential) -> None:
+    tree[0].bias = None
+
+
+@pytest.mark.parametrize("change", [pruned, weight_normed, rectified, of_one_slope, without_bias])
 def test_a_changed_tree_is_climbed_layer_by_layer(change):
     module, x = shaken(16), images(2, 16, 3, 3)
     change(module.tree)
