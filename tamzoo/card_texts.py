@@ -45,7 +45,7 @@ $what Trained on $dataset; one of the models of
 
 $results
 
-Ours is of the $selection on $n test images$note; the paper's errors are of its best test epoch.
+Ours is of the $selection on $n test images$note$theirs.
 Expected calibration error $calibration % (15 bins), mean cross-entropy $loss.
 
 ## How it was trained
@@ -88,7 +88,7 @@ With torch.hub:
 ```python
 import torch
 
-model = torch.hub.load("$source", "$model", pretrained=True, tag="$tag", trust_repo=True)
+model = torch.hub.load("$source", "$model", pretrained=True, tag="$tag", trust_repo=True).eval()
 ```
 
 With onnxruntime, without PyTorch:
@@ -104,10 +104,16 @@ from PIL import Image
 session = onnxruntime.InferenceSession(hf_hub_download("$hub_id", "onnx/model.onnx"))
 told = session.get_modelmeta().custom_metadata_map
 mean, std, labels = (json.loads(told[key]) for key in ("mean", "std", "labels"))
-image = np.asarray(Image.open("photo.png").convert("RGB").resize(($w, $h)), dtype=np.float32) / 255
-pixel_values = ((image - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
+image = Image.open("photo.png").convert("RGB")
+short = min(image.size)  # its shorter side to the model's size, then the centre, as timm does it
+image = image.resize(tuple(side * $w // short for side in image.size), Image.Resampling.BICUBIC)
+left, top = (round((side - $w) / 2) for side in image.size)
+image = image.crop((left, top, left + $w, top + $h))
+pixels = (np.asarray(image, dtype=np.float32) / 255 - mean) / std
+pixel_values = pixels.transpose(2, 0, 1)[None].astype(np.float32)
 (logits,) = session.run(None, {"pixel_values": pixel_values})
-print(labels[int(logits.argmax())])
+probabilities = np.exp(logits[0] - logits.max())
+print(labels[int(logits.argmax())], float(probabilities.max() / probabilities.sum()))
 ```
 $gates
 ## Limits

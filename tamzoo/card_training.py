@@ -21,7 +21,7 @@ def training(record: Record) -> str:
         ("selection", record.selection),
         ("seed", str(record.seed)),
         ("precision", record.precision),
-        ("hardware", f"{record.hardware}, {record.seconds / 3600:.2f} hours"),
+        ("hardware", f"{record.hardware}, {_hours(record)}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         ("commit", f"`{record.commit}`"),
         ("weights", f"SHA-256 `{record.sha256}`"),
@@ -30,6 +30,13 @@ def training(record: Record) -> str:
     if record.start:
         rows.insert(1, ("began with", ", then ".join(map(_earlier, record.start.runs))))
     return table([("", ""), *rows])
+
+
+def _hours(record: Record) -> str:
+    hours, last = sum(run.seconds for run in record.runs) / 3600, record.seconds / 3600
+    return f"{hours:.2f} hours" + (
+        f" in {len(record.runs)} runs, the last {last:.2f}" if record.start else ""
+    )
 
 
 def _recipe(record: Record) -> str:

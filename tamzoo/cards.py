@@ -52,6 +52,7 @@ def render_card(
     if record is None:
         return UNTRAINED.substitute(texts, cell=_paper_text(entry))
     c, h, w = entry.dataset.input_size
+    theirs = "; the paper's errors are of its best test epoch" if entry.paper else ""
     note = f" ({record.score.data_note})" if record.score.data_note else ""
     return TRAINED.substitute(
         texts,
@@ -59,6 +60,7 @@ def render_card(
         selection=record.selection,
         n=f"{record.score.n:,}",
         note=note,
+        theirs=theirs,
         calibration=f"{record.score.calibration_error:.2f}",
         loss=f"{record.score.loss:.4f}",
         training=training(record),

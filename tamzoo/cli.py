@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tamzoo import cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
+from tamzoo import __version__, cli_analyze, cli_demo, cli_export, cli_gates, cli_hub, cli_predict, cli_train
 from tamzoo.allocator import keep_freed_memory
 from tamzoo.terminal import Data, Device, Name, Weights, bar, device_called, load_model, one_sentence, table
 
@@ -30,8 +30,18 @@ for command in (
 app.add_typer(cli_train.sweep, name="sweep")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tamzoo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Tree-structured attention models: list, predict, measure gates, fold, export, train."""
 
 

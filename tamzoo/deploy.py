@@ -1,7 +1,7 @@
 """What leaves the zoo: a folded model, what its file tells of it, and the gate that every file passes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,8 @@ def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[
         "std": dataset.std,
         "input_size": dataset.input_size,
         "crop_pct": dataset.crop_pct,
+        "preprocess": "RGB; shorter side to input_size / crop_pct, bicubic; centre crop; "
+        + ("bytes, mean and std are in the graph" if uint8 else "divided by 255, less mean, by std"),
         "input": "uint8 NHWC" if uint8 else "float32 NCHW",
         "gates_left": list(gates_of(deployed)),
     }
@@ -176,6 +178,24 @@ class Deployment:
     told: dict[str, Any]
 
 
+def _as_told(model: Any, dataset: Dataset, cfg: dict[str, Any], labels: Sequence[str] | None) -> Dataset:
+    """The data set with the pixels that the model's configuration tells of, and the model's classes."""
+    same = model.num_classes == dataset.num_classes
+    names = cfg.get("label_names") if labels is None and same else labels
+    if names is not None and len(names) != model.num_classes:
+        raise ValueError(f"a model of {model.num_classes} classes got {len(names)} labels; pass one for each")
+    return replace(
+        dataset,
+        num_classes=model.num_classes,
+        class_names=None if names is None else tuple(names),
+        counts=dataset.counts if same else {},
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        input_size=tuple(cfg["input_size"]),
+        crop_pct=cfg["crop_pct"],
+    )
+
+
 def deployment(
     model: nn.Module,
     *,
@@ -183,6 +203,7 @@ def deployment(
     weights_sha256: str = "",
     keep_gates: bool = False,
     tolerance: float = GATE_TOLERANCE,
+    labels: Sequence[str] | None = None,
 ) -> Deployment:
     """Folds a model of ours by the gates that it carries, and collects what its file should tell.
 
@@ -193,6 +214,7 @@ def deployment(
         pixels: Images for the parity check; by default crops of the shipped pictures.
         weights_sha256: Of the file that the model's weights are from, where they are from one.
         keep_gates: Do not fold; there is no fold report then.
+        labels: The names of the classes, where they are not those of the data set.
     Raises:
         ValueError: not a model of ours, or not of its data set's channels; or as `reparameterize_model`.
     """
@@ -202,7 +224,7 @@ def deployment(
             f"expected a model of tamzoo as timm.create_model made it, got {type(model).__name__} "
             f"of tag {tag!r}"
         )
-    name, dataset = f"{cfg['architecture']}.{tag}", DATASETS[tag]
+    name, dataset = f"{cfg['architecture']}.{tag}", _as_told(model, DATASETS[tag], cfg, labels)
     if (channels := model.conv1.in_channels) != dataset.input_size[0]:  # pyright: ignore
         raise ValueError(
             f"{name}: exported files take pictures of {dataset.input_size[0]} channels, as its data set has; "

@@ -58,7 +58,7 @@ def reparameterize_model(
     if model.training:
         raise ValueError("folding needs a model in eval mode; call model.eval() first")
     if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance is a width of a gate in (0, 1), got {tolerance}")
+        raise ValueError(f"tolerance is a width of a gate in [0, 1), got {tolerance}")
     if not any(isinstance(module, GatedBlock) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no blocks that can be folded; pass a tamzoo model")
     if not inplace:

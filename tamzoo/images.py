@@ -38,7 +38,8 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
-    """A still 8-bit picture as RGB, upright; grey and palette pictures are converted, which loses nothing.
+    """A still 8-bit picture as RGB, upright; grey, palette and opaque RGBA pictures are converted, which
+    loses nothing.
 
     Args:
         name: What the picture is called in a message.
@@ -64,6 +65,8 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
         raise ValueError(
             f"{name}: {image.width}x{image.height} pixels; expected at least {SMALLEST}x{SMALLEST}"
         )
+    if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] == 255:  # opaque, as of screens
+        image = image.convert(image.mode[:-1])
     mode = "RGBA" if "transparency" in image.info else image.mode
     if mode not in ("RGB", "L", "P", "1"):
         advice = ADVICE.get(mode, "save it with 8 bits a channel first")

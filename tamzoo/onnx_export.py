@@ -124,7 +124,7 @@ def metadata_of(session: Any) -> dict[str, Any]:
 
 
 def export_entry(
-    model: nn.Module, path: Path, *, uint8: bool = False, progress: Progress = silent, **how: Any
+    model: nn.Module, path: Path | str, *, uint8: bool = False, progress: Progress = silent, **how: Any
 ) -> tuple[FoldReport | None, Parity]:
     """Folds a model of ours by the gates that it carries and exports it with all that its file should tell.
 
@@ -135,7 +135,7 @@ def export_entry(
         ValueError: as `deployment` and `export_onnx`.
     """
     made = deployment(model, **how)
-    return made.report, export_deployment(made, path, uint8=uint8, progress=progress)
+    return made.report, export_deployment(made, Path(path), uint8=uint8, progress=progress)
 
 
 def export_deployment(

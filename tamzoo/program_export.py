@@ -38,7 +38,8 @@ def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress:
         name, reason = next(iter(made.report.kept.items()))
         raise ValueError(
             f"{made.name} does not become a {plain} checkpoint: {len(made.report.kept)} of its attentions "
-            f"stay (first: {name}, {reason}); export to .onnx or .pt2, which can hold them"
+            f"stay (first: {name}, {reason}); freeze them with `tamzoo freeze-gates`, or export to "
+            ".onnx or .pt2, which can hold them"
         )
     state = {key: value.detach().contiguous() for key, value in made.model.state_dict().items()}
     told = {"format": "pt", "architecture": plain} | made.told | told_of(made.model, made.dataset)
@@ -114,6 +115,6 @@ def exporter_for(path: Path) -> Callable[..., Parity]:
     Raises:
         ValueError: another suffix than those of `EXPORTERS`.
     """
-    if path.suffix not in EXPORTERS:
+    if path.suffix.lower() not in EXPORTERS:
         raise ValueError(f"{path}: expected a file named {', '.join(EXPORTERS)}")
-    return EXPORTERS[path.suffix]
+    return EXPORTERS[path.suffix.lower()]

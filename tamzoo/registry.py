@@ -82,7 +82,7 @@ def _check_source(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None
         trained = ", ".join(entry.name for entry in ENTRIES.values() if entry.trained)
         raise RuntimeError(
             f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
-            "For an untrained model pass pretrained=False"
+            "Train it with `tamzoo train`, or pass pretrained=False for an untrained model"
         )
     entry = ENTRIES.get(name)
     own_source = cfg.file or cfg.state_dict or cfg.source  # the caller's, which timm reads

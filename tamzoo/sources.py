@@ -109,9 +109,14 @@ def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
                 raise ValueError(
                     f"{home / archive}: found an archive, expected what is in it; unpack it there"
                 )
-    also = f"{split}_32x32.mat" if dataset.tag == "svhn" else f"{_BINARY[dataset.tag][0]}/"
+    also = (
+        f"{split}_32x32.mat"
+        if dataset.tag == "svhn"
+        else f"{_PYTHON[dataset.tag][0]}/ or {_BINARY[dataset.tag][0]}/"
+    )
     raise ValueError(
-        f"{directory}: expected {split}-*.parquet or {also} there or in {dataset.tag}/, found neither"
+        f"{directory}: expected {split}-*.parquet or {also} there or in {dataset.tag}/, found none; "
+        "to download them pass --data hub"
     )
 
 
@@ -127,7 +132,8 @@ def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarra
     missing = {dataset.image_column, dataset.label_column} - set(table.column_names)
     if missing:
         raise ValueError(
-            f"{path}: no column {', '.join(sorted(missing))}, found {', '.join(table.column_names)}"
+            f"{path}: no column {', '.join(sorted(missing))}, found {', '.join(table.column_names)}; "
+            f"expected {dataset.title}, in this folder or its folder {dataset.tag}/"
         )
     labels, images = table[dataset.label_column], table[dataset.image_column]
     fits = types.is_integer(labels.type) and types.is_struct(images.type) and holds_bytes(images.type)

@@ -45,7 +45,10 @@ def one_sentence() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without its number
+            told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -187,12 +188,11 @@ def snippets(text: str) -> list[str]:
 
 def run_snippets(entry, folder: Path, monkeypatch, tmp_path) -> None:
     """Executes a card's snippets, the Hub's files served from `folder`."""
-    from PIL import Image
-
+    from tamzoo.images import PICTURES
     from tamzoo.onnx_export import export_entry
 
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (32, 32), "red").save("photo.png")
+    shutil.copy(PICTURES / "coffee.jpg", "photo.png")  # wider than high: preprocessing shows
     file, clone = tmp_path / "model.onnx", str(Path(__file__).parent.parent)
     export_entry(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), file)
     for code in snippets((folder / "README.md").read_text()):
@@ -220,7 +220,8 @@ def test_every_snippet_of_a_trained_card_runs(name, tmp_path, monkeypatch, capsy
         entry, folder = ENTRIES[name], CARDS / name
     run_snippets(entry, folder, monkeypatch, tmp_path)
     assert len(snippets((folder / "README.md").read_text())) == 4
-    label, probability, same_label = capsys.readouterr().out.split()
+    label, probability, same_label, same_probability = capsys.readouterr().out.split()
+    assert float(same_probability) == pytest.approx(float(probability), abs=1e-3)
     assert label == same_label and label in entry.dataset.class_names and 0 < float(probability) <= 1
 
 

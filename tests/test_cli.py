@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import timm
@@ -58,6 +59,10 @@ def test_predict_gives_probabilities(tamzoo, weights):
     assert sum(row["probability"] for row in found[0]["top"]) == pytest.approx(1, abs=1e-5)
     code, out, _ = tamzoo("predict", PICTURES, *common)
     assert code == 0 and len(json.loads(out)) == 5
+
+
+def test_version(tamzoo):
+    assert tamzoo("--version") == (0, f"tamzoo {version('tamzoo')}\n", "")
 
 
 @pytest.mark.parametrize("flag", [None, "--uint8", "--keep-gates"])

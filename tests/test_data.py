@@ -247,7 +247,8 @@ def test_an_archive_is_to_be_unpacked(tmp_path):
 
 def test_a_directory_without_data_says_what_was_looked_for(tmp_path):
     with pytest.raises(
-        ValueError, match=r"expected train-\*.parquet or cifar-100-binary/ there or in cifar100/"
+        ValueError,
+        match=r"expected train-\*.parquet or cifar-100-python/ or cifar-100-binary/ there or in cifar100/",
     ):
         load_split(tmp_path, DATASETS["cifar100"], "train")
     with pytest.raises(ValueError, match=r"expected test-\*.parquet or test_32x32.mat there or in svhn/"):

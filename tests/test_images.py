@@ -20,6 +20,13 @@ def test_still_8_bit_pictures_open_as_rgb(tmp_path, mode):
     assert picture.mode == "RGB" and picture.size == (20, 10)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_opaque_alpha_channel_is_left_out(tmp_path, mode):
+    picture = Image.new("RGB", (20, 20), "gray")
+    found = open_picture(saved(tmp_path, "x.png", picture.convert(mode)))
+    assert found.mode == "RGB" and found.tobytes() == picture.tobytes()
+
+
 @pytest.mark.parametrize(
     ("mode", "name", "message"),
     [

@@ -185,11 +185,25 @@ def test_a_file_crops_as_its_model_does(tmp_path):
     assert open_classifier(path, mean=MEAN, std=STD).crop_pct == 1
 
 
+def test_a_file_tells_of_its_models_own_pixels():
+    own = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "input_size": (3, 64, 64)}
+    made = deployment(
+        timm.create_model("resnet20_tam.cifar10", pretrained_cfg_overlay=own).eval(), keep_gates=True
+    )
+    told = told_of(made.model, made.dataset)
+    assert {key: told[key] for key in own} == own and made.pixels.shape[1:] == (3, 64, 64)
+    assert told["labels"][3] == "cat"
+
+
 def test_a_model_of_other_classes_does_not_get_the_data_sets_names():
     model = timm.create_model("resnet20_tam.cifar10", num_classes=5).eval()
     made = deployment(model, keep_gates=True)
     assert told_of(made.model, made.dataset)["labels"] is torch_classifier(model).labels is None
     assert made.told["weights_sha256"] == "", "the catalogue's weights are others"
+    named = deployment(model, keep_gates=True, labels="abcde")
+    assert told_of(named.model, named.dataset)["labels"] == tuple("abcde")
+    with pytest.raises(ValueError, match="a model of 5 classes got 3 labels; pass one for each"):
+        deployment(model, labels="abc")
     assert torch_classifier(timm.create_model("resnet20_tam.cifar10").eval()).labels[3] == "cat"
 
 

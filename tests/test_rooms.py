@@ -55,4 +55,12 @@ def test_only_the_command_line_prints():
 
 
 def test_the_public_names_are_these():
-    assert tamzoo.__all__ == ["CBAM", "SE", "TAM", "measure_gates", "reparameterize_model"]
+    assert tamzoo.__all__ == [
+        "CBAM",
+        "SE",
+        "TAM",
+        "export_entry",
+        "measure_gates",
+        "remember_gates",
+        "reparameterize_model",
+    ]

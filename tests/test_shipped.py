@@ -13,7 +13,7 @@ from tamzoo.data import normalise
 from tamzoo.datasets import DATASETS
 from tamzoo.gates import gates_of
 from tamzoo.images import PICTURES, random_crops
-from tamzoo.predict import predict, torch_classifier
+from tamzoo.predict import open_classifier, predict, torch_classifier
 from tamzoo.results import record_of
 from tamzoo.terminal import DEMO_ENTRY
 
@@ -75,13 +75,14 @@ def test_demo_shows_the_main_job(monkeypatch, capsys):
         assert words in out, out
 
 
-def test_the_readmes_python_runs(monkeypatch, capsys):
+def test_the_readmes_python_runs(monkeypatch, capsys, tmp_path):
     root = Path(__file__).parent.parent
     monkeypatch.chdir(root)
     text = (root / "README.md").read_text()
     space = {"images": torch.randn(8, 3, 32, 32)}
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
-        exec(block, space)
+        exec(block.replace('"mine.onnx"', repr(f"{tmp_path}/mine.onnx")), space)
+    assert list(open_classifier(tmp_path / "mine.onnx").labels or ()) == ["a", "b", "c", "d", "e"]
     assert "8 of 8 gates folded" in capsys.readouterr().out
