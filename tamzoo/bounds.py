@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d
+from torch.nn.modules.batchnorm import _BatchNorm  # of several processes too
 
 from tamzoo.attention import TAM
 
@@ -98,7 +99,7 @@ class _Unknown(Exception):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, TAM) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (TAM, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Intervals(fx.Interpreter):
@@ -121,7 +122,7 @@ class _Intervals(fx.Interpreter):
             return _step(low, torch.where(high < 0, high * least, high * most))
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
             return _convolution(module, low, high)
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
             return _batch_norm(module, low, high)
         if isinstance(module, RISING):
             return module(low.clone()), module(high.clone())
@@ -162,7 +163,7 @@ def _convolution(layer: nn.Conv2d, low: Tensor, high: Tensor) -> Interval:
     return _step(middle - reach, middle + reach, size, weight[0].numel() + 1)
 
 
-def _batch_norm(layer: nn.BatchNorm2d, low: Tensor, high: Tensor) -> Interval:
+def _batch_norm(layer: _BatchNorm, low: Tensor, high: Tensor) -> Interval:
     assert layer.running_mean is not None and layer.running_var is not None
     mean, scale = layer.running_mean.double(), torch.rsqrt(layer.running_var.double() + layer.eps)
     scale = layer.weight.double() * scale if layer.affine else scale

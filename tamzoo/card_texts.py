@@ -88,7 +88,8 @@ With torch.hub:
 ```python
 import torch
 
-model = torch.hub.load("$source", "$model", pretrained=True, tag="$tag", trust_repo=True).eval()
+options = dict(tag="$tag", pretrained=True, trust_repo=True)
+model = torch.hub.load("$source", "$model", **options).eval()
 ```
 
 With onnxruntime, without PyTorch:
@@ -101,7 +102,8 @@ import onnxruntime
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-session = onnxruntime.InferenceSession(hf_hub_download("$hub_id", "onnx/model.onnx"))
+file = hf_hub_download("$hub_id", "onnx/model.onnx")
+session = onnxruntime.InferenceSession(file)
 told = session.get_modelmeta().custom_metadata_map
 mean, std, labels = (json.loads(told[key]) for key in ("mean", "std", "labels"))
 image = Image.open("photo.png").convert("RGB")

@@ -90,7 +90,7 @@ def forward(x: Tensor, parameters: Tensor) -> Tensor:
 
 def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """`tamzoo.tree.gate_product_backward` of a channels_last x."""
-    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad.to(x.dtype)))
     computing = _computing(parameters, x)
     grad_x, grad_parameters = torch.empty_like(x), torch.empty_like(computing)
     _call("backward", x, grad, x, computing, grad_x, grad_parameters)

@@ -116,6 +116,20 @@ def test_other_blocks_are_left_alone(options):
 
 
 @needs_compiler
+def test_gradients_in_bfloat16_are_near_those_of_blocks_that_are_not_joined():
+    blocks = stage(BasicBlock)
+    joined, grads = deepcopy(blocks), []
+    assert join_ends(joined) == 2
+    for each in (blocks, joined):
+        x = noise(4, 4, 16, 16).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            each(x).square().mean().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in each.parameters())])
+    for wanted, found in zip(*grads, strict=True):
+        assert (found - wanted).norm() <= 0.1 * wanted.norm() + 1e-4
+
+
+@needs_compiler
 def test_a_joined_block_that_was_folded_trains_without_its_gate():
     joined = stage(BasicBlock)
     assert join_ends(joined) == 2

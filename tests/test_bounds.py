@@ -7,6 +7,7 @@ from tamzoo import TAM, measure_gates
 from tamzoo.bounds import bound_gates, gate_bounds
 from tamzoo.catalogue import ENTRIES
 from tamzoo.data import darkest_and_brightest, normalise
+from tamzoo.distributed import GlobalBatchNorm
 from tamzoo.gates import gates_of
 from tamzoo.results import record_of
 
@@ -198,6 +199,21 @@ def test_a_shut_gate_is_bounded_by_zero():
     nn.init.constant_(gate.tree[-1].bias, -95)  # a sigmoid of 5e-42
     least, most = gate_bounds(gate, x, x)
     assert least == 0 < most < 1e-37
+
+
+def spread(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm
+    return model
+
+
+@pytest.mark.parametrize("convert", [spread, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_bounds_of_a_model_that_several_processes_trained(shaken, convert):
+    model, x = shaken(timm.create_model("resnet20_tam")), torch.randn(1, 3, 32, 32)
+    known = bound_gates(model, x, x)
+    assert min(most - least for least, most in known.values()) < 0.9  # something is known
+    assert bound_gates(convert(model), x, x) == known
 
 
 def test_bounds_of_float64_are_those_of_the_same_float32(shaken):

@@ -455,6 +455,7 @@ def test_a_replayed_step_learns_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # of torch 2.11's Inductor
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled, joined):
