@@ -38,8 +38,8 @@ def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress:
         name, reason = next(iter(made.report.kept.items()))
         raise ValueError(
             f"{made.name} does not become a {plain} checkpoint: {len(made.report.kept)} of its attentions "
-            f"stay (first: {name}, {reason}); freeze them with `tamzoo freeze-gates`, or export to "
-            ".onnx or .pt2, which can hold them"
+            f"stay (first: {name}, {reason}); export to .onnx or .pt2, which can hold them, or "
+            "freeze them with `tamzoo freeze-gates` where they are TAM's"
         )
     state = {key: value.detach().contiguous() for key, value in made.model.state_dict().items()}
     told = {"format": "pt", "architecture": plain} | made.told | told_of(made.model, made.dataset)

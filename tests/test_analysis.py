@@ -264,4 +264,8 @@ def test_one_image_is_too_few(runs):
 
 def test_an_empty_data_directory_is_refused(tamzoo, runs, tmp_path):
     arguments = ("--weights", runs["tam"] / "model.safetensors", "--data", tmp_path)
-    refused(tamzoo("analyze", "resnet20_tam.cifar10", *arguments), "expected test-*.parquet", "found neither")
+    refused(
+        tamzoo("analyze", "resnet20_tam.cifar10", *arguments),
+        "expected test-*.parquet",
+        "found none; to download them pass --data hub",
+    )
