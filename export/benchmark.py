@@ -24,7 +24,7 @@ from tamzoo.attention import TAM
 from tamzoo.block_end import join_ends
 from tamzoo.catalogue import BACKBONES
 from tamzoo.datasets import DATASETS
-from tamzoo.learner import set_cudnn
+from tamzoo.learner import compile_blocks, set_cudnn
 from tamzoo.replay import Replayed
 from tamzoo.terminal import one_sentence
 from tamzoo.tree import by_levels
@@ -72,7 +72,9 @@ class Trainer:
         self.model.to(device, memory_format=layout).train()
         if formulation == "joined" and not join_ends(self.model):
             raise ValueError(f"tam-joined: {options.model} has no block whose end can be joined")
-        self.call = torch.compile(self.model) if options.compile else self.model
+        self.call = torch.compile(self.model) if options.compile == "model" else self.model
+        if options.compile == "blocks":
+            compile_blocks(self.model)
         size = self.model.pretrained_cfg["input_size"]
         self.x = torch.randn(options.batch, *size, device=device).to(memory_format=layout)
         self.labels = torch.randint(self.model.num_classes, (options.batch,), device=device)
@@ -244,7 +246,9 @@ def main() -> None:
     command.add_argument("--format", choices=FORMATS, default="channels_last")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--threads", type=int, default=0, help="0: as many as torch chooses")
-    command.add_argument("--compile", action="store_true")
+    command.add_argument(
+        "--compile", nargs="?", const="model", choices=("model", "blocks"), help="as one graph, or by blocks"
+    )
     command.add_argument("--cuda-graph", action="store_true", help="replay a captured step")
     command.add_argument(
         "--kernels", type=int, default=0, metavar="N", help="also the N longest kernels of each variant"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,7 +29,13 @@ Budget = Annotated[
     float,
     typer.Option(help="Seconds; a later call goes on (of one entry: with --resume).", callback=_seconds),
 ]
-Compile = Annotated[bool | None, typer.Option(help="torch.compile (default: on CUDA).")]
+Compile = Annotated[
+    Literal["no", "model", "blocks"] | None,
+    typer.Option(
+        help="What torch.compile makes: one graph, or one a kind of block, which starts sooner (default: "
+        "model on CUDA)."
+    ),
+]
 sweep = typer.Typer(no_args_is_help=True, help="Train one model with several values of a setting.")
 
 

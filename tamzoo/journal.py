@@ -5,7 +5,8 @@ import json
 import os
 import platform
 import subprocess
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
@@ -74,23 +75,26 @@ class Journal:
             )
         # what ran is told when it starts: by its end the code on disk may be another
         here: dict[str, Any] = dict(zip(SESSIONS, (commit_here(), hardware, versions()), strict=True))
-        if new := [key for key in SESSIONS if here[key] not in found[key]]:
-            for key in new:
+        for key in SESSIONS:
+            if here[key] not in found[key]:
                 found[key].append(here[key])
-            write_whole(path, json.dumps(found, indent=2) + "\n")
+        self._run = found
         self.commit, self.hardware = ", ".join(found["commits"]), "; ".join(found["hardware"])
         self.versions = {
             name: ", ".join(dict.fromkeys(each[name] for each in found["versions"])) for name in versions()
         }
 
-    def alone(self) -> AbstractContextManager:
-        """Keeps other processes from training in the folder.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder, and writes run.json.
 
         Raises:
             ValueError: one does.
         """
         refusal = f"{self.folder}: another process trains there; wait for its end, or choose another --out"
-        return locked(self.folder / ".lock", refusal)
+        with locked(self.folder / ".lock", refusal):
+            write_whole(self.folder / "run.json", json.dumps(self._run, indent=2) + "\n")
+            yield
 
     def log(self, row: dict[str, float]) -> None:
         """Adds an epoch to log.csv; later ones, of a session that was lost, go.

@@ -1,19 +1,20 @@
 """One training step: forward, loss, backward, SGD, average, on the device and without waiting for it."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tamzoo.augment import augment, draw, shrink
+from tamzoo.backbones import GatedBlock
 from tamzoo.block_end import join_ends
 from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Entry
@@ -23,6 +24,8 @@ from tamzoo.distributed import World
 from tamzoo.recipes import Recipe
 from tamzoo.replay import Replayed
 
+Compiled = Literal["no", "model", "blocks"]  # by torch.compile, as one graph or as a graph a kind of block
+MOST_GRAPHS = 64  # of blocks that share their code: kinds of block times sizes of image
 MOST_SEED = 2**31 - 1  # `seed_of` makes 64-bit numbers of it
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -36,7 +39,8 @@ class Learner:
 
     Args:
         precision: "float32", or "bfloat16" for autocast.
-        compiled: Whether torch.compile makes the step.
+        compiled: What torch.compile makes of the forward pass: nothing, one graph, or one for each kind of
+            block, which compiles sooner the deeper the model is, since the blocks of a stage are alike.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own.
         start: Weights to begin with, in place of random ones.
@@ -53,7 +57,7 @@ class Learner:
         *,
         seed: int,
         precision: str,
-        compiled: bool,
+        compiled: Compiled,
         world: World,
         model_args: dict[str, Any] | None = None,
         start: Path | None = None,
@@ -74,12 +78,15 @@ class Learner:
         if joined:
             join_ends(self.model)
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
+        self._compiled = compiled
         self._forward = self._full_forward = world.spread(self.model)
-        if compiled:
+        if compiled != "no":
             torch.compiler.reset()  # it gives up at the ninth model of one class
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-            # The last batch of an epoch may be smaller; it runs as it is rather than be compiled too.
+        if compiled == "model":
             self._full_forward = torch.compile(self._forward, dynamic=False)
+        if compiled == "blocks":
+            compile_blocks(self.model)
         set_cudnn()
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -108,9 +115,13 @@ class Learner:
             state[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
         return state
 
-    def autocast(self) -> AbstractContextManager:
-        """The precision's context, for the model's forward pass."""
-        return torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype is not None)
+    @contextmanager
+    def passing(self, compiled: bool = False) -> Iterator[None]:
+        """The context of a forward pass: its precision, and blocks that run as they are unless `compiled`."""
+        as_they_are = self._compiled == "blocks" and not compiled
+        stance = torch.compiler.set_stance("force_eager") if as_they_are else nullcontext()
+        with stance, torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype is not None):
+            yield
 
     def learn(self, split: Split, chosen: Tensor, step: int, fraction: float) -> Tensor:
         """One step on the images of a split at the indices `chosen`: on this rank's share of them.
@@ -129,11 +140,8 @@ class Learner:
         draws = draw(n, recipe, self.dataset, self._generator)[share]
         x = shrink(augment(split.pixels[mine], draws, recipe, self.dataset), recipe, fraction)
         whole, group = n == recipe.batch_size, self.optimizer.param_groups[0]
-        update = partial(
-            self._update,
-            self._full_forward if whole else self._forward,
-            len(mine) * self.world.size / n,
-        )
+        # The last batch of an epoch may be smaller; it runs as it is rather than be compiled too.
+        update = partial(self._update, whole, len(mine) * self.world.size / n)
         if self._replayed is None:
             group["lr"] = recipe.lr_at(fraction)
         else:
@@ -145,22 +153,28 @@ class Learner:
             torch._foreach_lerp_(self._averages, self._averaged, 1 - decay)
         return loss
 
-    def _update(
-        self, forward: Callable[[Tensor], Tensor], weight: float, x: Tensor, labels: Tensor
-    ) -> Tensor:
+    def _update(self, compiled: bool, weight: float, x: Tensor, labels: Tensor) -> Tensor:
         """The step on prepared images; the mean loss.
 
         Args:
             weight: Of this rank's gradients: the ranks' are averaged.
         """
-        with self.autocast():
-            logits = forward(x)
+        with self.passing(compiled):
+            logits = (self._full_forward if compiled else self._forward)(x)
         logits = logits if self._dtype is None else logits.float()
         loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad()
         (loss * weight).backward()
         self.optimizer.step()
         return loss.detach()
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Has torch.compile make each residual block's pass, in place; blocks of one kind share a graph."""
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    for block in model.modules():
+        if isinstance(block, GatedBlock):
+            block.compile(dynamic=False)
 
 
 def set_cudnn() -> None:

@@ -15,6 +15,7 @@ from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.finish import finish
 from tamzoo.journal import check_same_run, identity
+from tamzoo.learner import Compiled
 from tamzoo.progress import Voice
 from tamzoo.recipes import Recipe, recipe_for
 from tamzoo.records import read_record
@@ -30,7 +31,7 @@ class Order:
     seed: int = 0
     precision: str | None = None  # None: bfloat16 on CUDA, float32 on CPUs
     resume: bool = False
-    compiled: bool | None = None  # None: on CUDA
+    compiled: Compiled | None = None  # None: "model" on CUDA
     cuda_graph: bool = False  # replay a captured step
     joined: bool = False  # the ends of blocks as one operation
     model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own

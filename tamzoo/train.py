@@ -23,7 +23,7 @@ from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
 from tamzoo.journal import LOG_FIELDS, Journal, hardware
-from tamzoo.learner import Learner, seed_of
+from tamzoo.learner import Compiled, Learner, seed_of
 from tamzoo.progress import Moment, Watch, unwatched
 from tamzoo.recipes import Recipe
 from tamzoo.snapshots import load_snapshot, newest, save_snapshot
@@ -42,8 +42,7 @@ class Run:
         out: Folder of the run; made where missing.
         precision: "float32", or "bfloat16" for autocast.
         resume: Go on with the run in the folder, where there is one.
-        compiled: Whether torch.compile makes the step; by default on CUDA.
-        cuda_graph: As of `Learner`; joined too.
+        compiled: As of `Learner`, cuda_graph and joined too; by default "model" on CUDA.
         snapshot_seconds: Between two snapshots.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own: {"group_size": 4}.
@@ -64,7 +63,7 @@ class Run:
         seed: int = 0,
         precision: str,
         resume: bool = False,
-        compiled: bool | None = None,
+        compiled: Compiled | None = None,
         cuda_graph: bool = False,
         joined: bool = False,
         snapshot_seconds: float = 60.0,
@@ -93,7 +92,7 @@ class Run:
             raise ValueError(
                 f"the last batch of an epoch has {last} images, too few for {self.world.size} processes"
             )
-        compiled = compiled if compiled is not None else self.device.type == "cuda"
+        compiled = compiled or ("model" if self.device.type == "cuda" else "no")
         self.learner = Learner(
             entry,
             recipe,
@@ -279,7 +278,7 @@ class Run:
         sizes[-1] -= sizes.sum() - len(self.train_split)
         loss = (self._losses.double().cpu() @ sizes).item() / len(self.train_split)
         self.learner.kept.eval()
-        with self.learner.autocast():
+        with self.learner.passing():
             error = evaluate(self.learner.kept, self.test_split, self.entry.dataset).top1_error
         values = (
             self.step // self.steps_per_epoch,

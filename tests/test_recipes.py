@@ -49,7 +49,7 @@ def test_the_papers_other_numbers():
 def test_the_optimiser_is_the_recipes_and_decays_every_parameter(recipe):
     world = World(device=torch.device("cpu"))
     entry = ENTRIES["resnet20_tam.cifar10"]
-    learner = Learner(entry, recipe, seed=0, precision="float32", compiled=False, world=world)
+    learner = Learner(entry, recipe, seed=0, precision="float32", compiled="no", world=world)
     assert type(learner.optimizer) is torch.optim.SGD
     (group,) = learner.optimizer.param_groups
     assert {id(p) for p in group["params"]} == {id(p) for p in learner.model.parameters()}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tamzoo import journal, snapshots
@@ -23,6 +25,7 @@ from tamzoo.checkpoint import load_weights, sha256_of
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
 from tamzoo.finish import finish
+from tamzoo.learner import Learner
 from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
@@ -190,7 +193,7 @@ def test_without_an_average_the_model_itself_is_stored(tmp_path):
 
 
 def test_a_run_that_is_there_is_not_overwritten(tmp_path):
-    tiny_run(tmp_path)
+    tiny_run(tmp_path).train(time_budget=0)
     with pytest.raises(ValueError, match=r"holds a run of resnet20_tam.cifar10; pass --resume to go on, or"):
         tiny_run(tmp_path)
     for options, message in [
@@ -231,9 +234,9 @@ def test_what_ran_is_told_when_each_session_starts(tmp_path, monkeypatch):
     for name, value in machine.items():
         monkeypatch.setattr(f"tamzoo.journal.{name}", lambda value=value: value)
     monkeypatch.setattr("tamzoo.train.hardware", lambda device, processes: "an H100")
-    tiny_run(tmp_path)
+    tiny_run(tmp_path).train(time_budget=0)
     assert json.loads((tmp_path / "run.json").read_text())["commits"] == ["first"]
-    tiny_run(tmp_path, resume=True)
+    tiny_run(tmp_path, resume=True).train(time_budget=0)
     monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "second")
     monkeypatch.setattr("tamzoo.journal.versions", lambda: {"torch": "3", "timm": "1"})
     monkeypatch.setattr("tamzoo.train.hardware", lambda device, processes: "an H200")
@@ -324,11 +327,13 @@ def test_an_epoch_that_cannot_be_written_is_written_with_the_next(tmp_path, monk
     assert [row["epoch"] for row in journal.read_log(tmp_path)] == [1, 2, 3]
 
 
-def test_one_process_at_a_time_trains_in_a_folder(stopped):
-    run = tiny_run(stopped, resume=True)
+def test_one_process_at_a_time_trains_in_a_folder(stopped, monkeypatch):
+    run, told = tiny_run(stopped, resume=True), json.loads((stopped / "run.json").read_text())
+    monkeypatch.setattr("tamzoo.journal.commit_here", lambda: "of the other process")
     with run.journal.alone(), pytest.raises(ValueError, match="another process trains there"):
         tiny_run(stopped, resume=True).train()
     assert run.train()
+    assert json.loads((stopped / "run.json").read_text()) == told  # of those that trained
 
 
 def test_rate_and_time_left_are_not_those_of_the_first_step_which_compiles(tmp_path, monkeypatch):
@@ -420,7 +425,7 @@ def test_no_step_on_cuda_waits_for_the_device(tmp_path):
     from tamzoo.train import Run
 
     splits = [random_split(n, n).to(device) for n in (40, 12)]
-    run = Run(ENTRY, RECIPE, *splits, out=tmp_path, precision="bfloat16", compiled=False)
+    run = Run(ENTRY, RECIPE, *splits, out=tmp_path, precision="bfloat16", compiled="no")
     run.train(time_budget=0.0)
     chosen = torch.arange(8, device=device)
     run.learner.learn(run.train_split, chosen, 0, 0.1)
@@ -457,19 +462,37 @@ def test_a_replayed_step_learns_the_same(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # of torch 2.11's Inductor
 @pytest.mark.parametrize("joined", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_replays_a_step_and_learns_the_same(tmp_path, compiled, joined):
-    from tamzoo.train import Run
-
-    splits, states = [random_split(n, n).to(torch.device("cuda")) for n in (100, 12)], []
-    recipe = replace(RECIPE, small_until=0.0)  # 12 whole batches an epoch, then half a one
+@pytest.mark.parametrize("compiled", ["no", "model", "blocks"])
+def test_gpu_replays_a_step_and_learns_the_same(compiled, joined):
+    world, split = World(device=torch.device("cuda")), random_split(100, 0).to(torch.device("cuda"))
+    recipe, states, losses = replace(RECIPE, small_until=0.0), [], []
     for cuda_graph in (False, True):
-        options = {"precision": "float32", "compiled": compiled, "joined": joined, "cuda_graph": cuda_graph}
-        run = Run(ENTRY, recipe, *splits, out=tmp_path / str(cuda_graph), **options)
-        run.train()
-        states.append(run.learner.state())
-    for name, tensor in states[0].items():  # a step's rounding differs from run to run, and grows
+        options = {"compiled": compiled, "joined": joined, "cuda_graph": cuda_graph}
+        learner = Learner(ENTRY, recipe, seed=0, precision="float32", world=world, **options)
+        batches = torch.arange(56, device=world.device).split(8)  # three to warm up, a capture, three replays
+        losses.append(
+            [learner.learn(split, batch, step, step / 7).item() for step, batch in enumerate(batches)]
+        )
+        states.append(learner.state())
+    assert losses[1] == pytest.approx(
+        losses[0], rel=1e-3
+    )  # a step's rounding differs from run to run, and grows
+    for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_compiled_by_blocks_a_run_learns_the_same(tmp_path, monkeypatch, ema_decay):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    recipe = replace(RECIPE, ema_decay=ema_decay)
+    runs = [tiny_run(tmp_path / how, recipe=recipe, compiled=how) for how in ("no", "blocks")]
+    for run in runs:
+        run.train()
+    kinds, sizes = 5, 2  # ResNet-20's blocks; neither evaluation nor smaller batches compile any
+    assert counter.frame_count == kinds * sizes
+    for name, tensor in runs[1].learner.state().items():
+        torch.testing.assert_close(tensor, runs[0].learner.state()[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", [Order(cuda_graph=True), Order(joined=True)])
