@@ -67,6 +67,7 @@ class Summary:
 
     rows: int
     errors: int
+    first_error: str  # empty where there is none
     predicted: int
     seconds: float
     model_share: float  # of the workers' time, in the model
@@ -95,10 +96,12 @@ def run_job(job: Job, engine: Engine) -> Summary:
             with _keeping(job):
                 _merge(job)
     shutil.rmtree(job.folder, ignore_errors=True)
+    errors, first = _errors(job.out)
     seconds = time.perf_counter() - began
     return Summary(
         rows=job.identity["rows"],
-        errors=_count_errors(job.out),
+        errors=errors,
+        first_error=first,
         predicted=predicted,
         seconds=seconds,
         model_share=model_s / (engine.workers * seconds),
@@ -196,10 +199,15 @@ def _read_part(path: Path, columns: Any) -> Any:
         raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again") from error
 
 
-def _count_errors(out: Path) -> int:
+def _errors(out: Path) -> tuple[int, str]:
+    """How many rows have an error, and the first one's."""
+    count, first = 0, ""
     with parquet_library().ParquetFile(out) as file:
-        batches = file.iter_batches(columns=["error"])
-        return sum(len(batch) - batch.column(0).null_count for batch in batches)
+        for batch in file.iter_batches(columns=["error"]):
+            found = batch.column(0).drop_null()
+            count += len(found)
+            first = first or (found[0].as_py() if len(found) else "")
+    return count, first
 
 
 @contextmanager

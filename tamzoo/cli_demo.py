@@ -19,7 +19,7 @@ def demo() -> None:
     from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.data import darkest_and_brightest, normalise
     from tamzoo.gates import measure_gates
-    from tamzoo.images import PICTURES, picture_paths, random_crops
+    from tamzoo.images import random_crops, shipped_pictures
     from tamzoo.onnx_export import export_entry, metadata_of, open_session
     from tamzoo.predict import onnx_classifier, torch_classifier
     from tamzoo.predict import predict as classify
@@ -27,7 +27,7 @@ def demo() -> None:
     began = time.monotonic()
     model, full, dataset = load_model(DEMO_ENTRY)
     print(f"1. {full}, a {dataset.title} model, on pictures that it has never seen:")
-    paths = picture_paths([PICTURES])
+    paths = shipped_pictures()
     answers = classify(torch_classifier(model), paths, 3)
     for path, answer in zip(paths, answers, strict=True):
         print(f"   {path.name:14s} " + ", ".join(f"{label} {100 * p:.0f} %" for label, p in answer))

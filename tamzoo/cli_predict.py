@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +24,10 @@ Triple = tuple[float, float, float]
 
 def predict(
     images: Annotated[
-        list[str], typer.Argument(help="Pictures or folders; with --out also globs and parquet files.")
+        list[str],
+        typer.Argument(
+            help="Pictures, folders (with their subfolders), globs; with --out also parquet files."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model or entry.", show_default=DEMO_ENTRY)
@@ -86,23 +90,35 @@ def _torch(name: str, weights: Path | None, threads: int) -> Classifier:
 
 
 def _print_answers(given: list[str], load: Load, top: int, as_json: bool) -> None:
-    from tamzoo.images import picture_paths
+    from tamzoo.parts import files_of, is_parquet
     from tamzoo.predict import predict as classify
 
-    for each in given:
-        if each.endswith(".parquet") or (set(each) & set("*?[") and not Path(each).exists()):
-            raise ValueError(f"{each}: globs and parquet files need an output; pass --out FILE.parquet too")
-    paths = picture_paths(map(Path, given))
-    answers = classify(load(0), paths, top, bar)
+    paths = list(map(Path, files_of(given)))
+    for path in paths:
+        if is_parquet(str(path)):
+            raise ValueError(f"{path}: parquet files need an output; pass --out FILE.parquet too")
+    wrong: dict[Path, str] = {}
+
+    def refuse(path: Path, error: Exception) -> None:
+        if len(paths) == 1:
+            raise error
+        wrong[path] = str(error)
+
+    answers = classify(load(0), paths, top, bar, refuse)
     if as_json:
-        found = [
-            {"image": str(path), "top": [{"label": label, "probability": p} for label, p in answer]}
-            for path, answer in zip(paths, answers, strict=True)
-        ]
-        print(json.dumps(found, indent=2))
-        return
-    for path, answer in zip(paths, answers, strict=True):
-        print(f"{path}: " + ", ".join(f"{label} {100 * p:.1f} %" for label, p in answer))
+        print(json.dumps(list(map(partial(_as_json, wrong), paths, answers)), indent=2))
+    else:
+        for path, answer in zip(paths, answers, strict=True):
+            told = ", ".join(f"{label} {100 * p:.1f} %" for label, p in answer)
+            print(wrong.get(path) or f"{path}: {told}", file=sys.stderr if path in wrong else sys.stdout)
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(paths)} pictures have no answer, for the reasons above")
+
+
+def _as_json(wrong: dict[Path, str], path: Path, answer: list[tuple[str, float]]) -> dict[str, Any]:
+    if path in wrong:
+        return {"image": str(path), "error": wrong[path]}
+    return {"image": str(path), "top": [{"label": label, "probability": p} for label, p in answer]}
 
 
 def _run_job(
@@ -130,7 +146,8 @@ def _run_job(
     else:
         engine = Here(classifier=classifier, workers=workers, batch=batch, top=top, progress=bar)
     done = run_job(job, engine)
-    print(f"{out}: {done.rows} rows, {done.errors} of them errors")
+    first = f"; the first: {done.first_error}" if done.errors else ""
+    print(f"{out}: {done.rows} rows, {done.errors} of them errors{first}")
     if done.predicted:
         print(
             f"{done.predicted} rows in {done.seconds:.1f} s, {done.predicted / done.seconds:.1f} a second, "

@@ -1,6 +1,5 @@
 """Pictures from files: checked, never converted in silence; and the pictures that the package ships."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,28 +80,8 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
         return Image.open(source)
 
 
-def picture_paths(given: Iterable[Path]) -> list[Path]:
-    """Files as they are, folders as the pictures in them, sorted; hidden files are left out.
-
-    Raises:
-        ValueError: a folder without a picture.
-    """
-    found: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-            )
-            if not inside:
-                raise ValueError(
-                    f"{path}: a folder without a picture; expected .jpg, .png, .webp or another image file"
-                )
-            found += inside
-        else:
-            found.append(path)
-    return found
+def shipped_pictures() -> list[Path]:
+    return sorted(PICTURES.glob("*.jpg"))
 
 
 def random_crops(n: int, size: int, seed: int = 0) -> Tensor:
@@ -112,7 +91,7 @@ def random_crops(n: int, size: int, seed: int = 0) -> Tensor:
         uint8 (n, 3, size, size).
     """
     draw = np.random.default_rng(seed)
-    pictures = [open_picture(path) for path in picture_paths([PICTURES])] if n else []
+    pictures = [open_picture(path) for path in shipped_pictures()] if n else []
     crops = []
     for index in range(n):
         if index % 4 == 3:

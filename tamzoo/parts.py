@@ -78,10 +78,10 @@ def list_parts(given: Collection[str], out: Path, column: str | None = None) -> 
             parts.append(Part(index=len(parts), n=len(pictures), paths=tuple(pictures)))
             pictures.clear()
 
-    for path in dict.fromkeys(path for one in given for path in _files(one)):
+    for path in files_of(given):
         if _is_output(path, out):
             continue
-        if not _is_parquet(path):
+        if not is_parquet(path):
             pictures.append(path)
             if len(pictures) == PART_ROWS:
                 close()
@@ -130,12 +130,21 @@ def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
-def _is_parquet(path: str) -> bool:
+def files_of(given: Iterable[str]) -> list[str]:
+    """Pictures and parquet files, each once: what folders, with their subfolders, hold and globs match too.
+
+    Raises:
+        ValueError: nothing there, or a folder or glob without pictures.
+    """
+    return list(dict.fromkeys(path for one in given for path in _files(one)))
+
+
+def is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
 
 def _is_output(path: str, out: Path) -> bool:
-    if not _is_parquet(path):
+    if not is_parquet(path):
         return False
     resolved = Path(path).resolve()
     return resolved == out.resolve() or resolved.parent == parts_folder(out).resolve()

@@ -255,21 +255,40 @@ def _input_of(session: Any) -> tuple[tuple[int, int, int], bool]:
     return size, raw
 
 
+def _raise(path: Path, error: Exception) -> None:
+    raise error
+
+
 def predict(
-    classifier: Classifier, paths: Sequence[Path], top: int = 5, progress: Progress = silent
+    classifier: Classifier,
+    paths: Sequence[Path],
+    top: int = 5,
+    progress: Progress = silent,
+    refuse: Callable[[Path, Exception], None] = _raise,
 ) -> list[list[tuple[str, float]]]:
     """The `top` likeliest classes of each picture, best first, with their softmax probabilities.
 
+    Args:
+        refuse: Called with a file that gets no answer, and why; where it returns, the answer is empty.
     Raises:
         ValueError: a file that is no usable picture, or of which the model makes no probabilities.
+        OSError: a file that may not be read.
     """
-    answers = []
+    answers: list[list[tuple[str, float]]] = [[] for _ in paths]
     for start in progress(range(0, len(paths), BATCH), "Classifying"):
-        some = paths[start : start + BATCH]
-        batch = np.stack([classifier.pixels(open_picture(path)) for path in some])
-        for path, indices, probabilities in zip(some, *classifier.best(batch, top), strict=True):
+        places, batch = [], []
+        for place in range(start, min(start + BATCH, len(paths))):
+            try:
+                batch.append(classifier.pixels(open_picture(paths[place])))
+                places.append(place)
+            except (ValueError, OSError) as error:
+                refuse(paths[place], error)
+        if not batch:
+            continue
+        for place, indices, probabilities in zip(places, *classifier.best(np.stack(batch), top), strict=True):
             if np.isnan(probabilities).any():
-                raise ValueError(f"{path}: {NO_PROBABILITIES}")
+                refuse(paths[place], ValueError(f"{paths[place]}: {NO_PROBABILITIES}"))
+                continue
             labels = map(classifier.label, indices.tolist())
-            answers.append(list(zip(labels, probabilities.tolist(), strict=True)))
+            answers[place] = list(zip(labels, probabilities.tolist(), strict=True))
     return answers

@@ -1,7 +1,9 @@
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import timm
@@ -57,8 +59,26 @@ def test_predict_gives_probabilities(tamzoo, weights):
     found = json.loads(out)
     assert [answer["image"] for answer in found] == [str(PICTURES / "cat.jpg"), str(PICTURES / "horse.jpg")]
     assert sum(row["probability"] for row in found[0]["top"]) == pytest.approx(1, abs=1e-5)
-    code, out, _ = tamzoo("predict", PICTURES, *common)
-    assert code == 0 and len(json.loads(out)) == 5
+    for given in (PICTURES, PICTURES.parent, f"{PICTURES}/*.jpg"):  # a folder, one above it, a glob
+        code, out, _ = tamzoo("predict", given, *common)
+        assert code == 0 and len(json.loads(out)) == 5
+
+
+def test_a_wrong_picture_among_others_costs_no_other(tamzoo, tmp_path, weights):
+    wrong_pictures(tmp_path)
+    shutil.copy(PICTURES / "cat.jpg", tmp_path)
+    common = ("predict", tmp_path, "-m", "resnet20_tam.cifar10", "--weights", weights)
+    code, out, err = tamzoo(*common)
+    assert code == 2 and out.startswith(f"{tmp_path / 'cat.jpg'}: ") and out.count("\n") == 1
+    assert f"{tmp_path / 'moving.gif'}: animated, 2 frames" in err
+    assert "6 of 7 pictures have no answer, for the reasons above" in err
+    code, out, err = tamzoo(*common, "--json")
+    found = {Path(each["image"]).name: each for each in json.loads(out)}
+    assert code == 2 and len(found) == 7 and len(found["cat.jpg"]["top"]) == 5
+    assert found["tiny.png"] == {
+        "image": str(tmp_path / "tiny.png"),
+        "error": f"{tmp_path / 'tiny.png'}: 1x1 pixels; expected at least 8x8",
+    }
 
 
 def test_version(tamzoo):
@@ -154,7 +174,7 @@ def test_wrong_pictures_are_refused(tamzoo, tmp_path, weights, name):
 
 def test_an_empty_folder_is_refused(tamzoo, tmp_path):
     (tmp_path / "._cat.jpg").write_text("a Mac's notes on cat.jpg")
-    refused(tamzoo("predict", tmp_path), "a folder without a picture")
+    refused(tamzoo("predict", tmp_path), "an empty folder; expected .jpg")
 
 
 def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
@@ -174,12 +194,16 @@ def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
         (("--batch", 64), "pass --out FILE.parquet too"),
         (("--column", "image"), "pass --out FILE.parquet too"),
         (("--labels", "x.txt"), "pass --onnx FILE too"),
-        (("*.jpg",), "*.jpg: globs and parquet files need an output; pass --out FILE.parquet too"),
-        (("shard.parquet",), "shard.parquet: globs and parquet files need an output"),
+        (("*.jpg",), "*.jpg: matches nothing"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(tamzoo, given, told):
     refused(tamzoo("predict", PICTURES, *given), told)
+
+
+def test_parquet_files_need_an_output(tamzoo, tmp_path):
+    (tmp_path / "shard.parquet").touch()
+    refused(tamzoo("predict", tmp_path), "shard.parquet: parquet files need an output; pass --out FILE.parq")
 
 
 def test_a_pattern_without_the_queue_is_refused(tamzoo, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tamzoo.images import PICTURES, open_picture, picture_paths, random_crops
+from tamzoo.images import PICTURES, open_picture, random_crops
 
 
 def saved(tmp_path, name, image, **kwargs):
@@ -109,12 +109,6 @@ def test_what_is_no_picture_is_refused(tmp_path):
         ValueError, match="^iVBORw0KGgo[a-z0]{49}...: expected a picture, found File name too long"
     ):
         open_picture(Path("iVBORw0KGgo" + "a" * 5000))
-
-
-def test_folders_give_their_pictures_and_empty_ones_an_error(tmp_path):
-    assert [path.name for path in picture_paths([PICTURES])] == sorted(p.name for p in PICTURES.glob("*.jpg"))
-    with pytest.raises(ValueError, match="a folder without a picture"):
-        picture_paths([tmp_path])
 
 
 def test_random_crops_repeat_and_differ():
