@@ -7,6 +7,7 @@ pictures are written as PNG files once. Ratios are rates over that of onnxruntim
 own choice of threads, the same batch again and again.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tamzoo.latency import time_in_turns
 from tamzoo.onnx_export import open_session
 from tamzoo.parts import batches_of, list_parts
 from tamzoo.predict import BATCH, open_classifier
+from tamzoo.terminal import one_sentence
 
 
 def png_folder(folder: Path, shard: Path) -> Path:
@@ -99,14 +101,27 @@ def memory(folder: Path, onnx: Path, shard: Path) -> None:
         )
 
 
+def peak(onnx: Path, given: Path) -> None:
+    job(onnx, given)
+    rows = sum(part.n for part in list_parts([str(given)], Path("x.parquet")))
+    print(f"{rows} rows: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m export.benchmark_predict", description=__doc__)
+    parser.add_argument("what", choices=("speed", "memory", "peak"), help="peak: of one job on SHARD")
+    for name in ("folder", "onnx", "shard"):
+        parser.add_argument(name, type=Path, metavar=name.upper())
+    parser.add_argument("rounds", type=int, nargs="?", default=5, metavar="ROUNDS")
+    options = parser.parse_args()
+    with one_sentence():
+        if options.what == "speed":
+            speed(options.folder, options.onnx, options.shard, options.rounds)
+        elif options.what == "memory":
+            memory(options.folder, options.onnx, options.shard)
+        else:
+            peak(options.onnx, options.shard)
+
+
 if __name__ == "__main__":
-    what, folder, onnx, given = sys.argv[1], *map(Path, sys.argv[2:5])
-    if what == "speed":
-        speed(folder, onnx, given, int(sys.argv[5]) if len(sys.argv) > 5 else 5)
-    elif what == "memory":
-        memory(folder, onnx, given)
-    else:
-        job(onnx, given)
-        rows = sum(part.n for part in list_parts([str(given)], Path("x.parquet")))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{rows} rows: peak {peak:.0f} MiB")
+    main()

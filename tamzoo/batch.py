@@ -217,8 +217,10 @@ def _keeping(job: Job) -> Iterator[None]:
     except OSError as error:
         kept = job.identity["rows"] - sum(part.n for part in job.pending())
         reason = os.strerror(error.errno) if error.errno else str(error)
+        told = (
+            f"{kept} of {job.identity['rows']} rows are finished and kept in {job.folder}, from where the "
+            "same command goes on"
+        )
         raise OSError(
-            error.errno,
-            f"cannot write {job.out}: {reason}; {kept} of {job.identity['rows']} rows are finished and kept "
-            f"in {job.folder}, from where the same command goes on",
+            error.errno, f"cannot write {job.out}: {reason}" + (f"; {told}" if kept else "")
         ) from error

@@ -4,7 +4,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -43,10 +42,18 @@ def library() -> ctypes.CDLL | None:
 
 
 def _build(command: list[str], folder: Path) -> Path:
-    """Compiles the source, unless this compiler has done so on this machine."""
-    told = subprocess.run([*command, "--version"], check=True, capture_output=True, timeout=PATIENCE_S)
-    machine = f"{platform.node()} {platform.machine()} {FLAGS}"  # -march=native differs between machines
-    key = hashlib.sha256(told.stdout + machine.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    """Compiles the source, unless this compiler has done so for this kind of CPU."""
+    macros = [
+        *command,
+        *FLAGS,
+        "-dM",
+        "-E",
+        "-x",
+        "c++",
+        os.devnull,
+    ]  # version and kind of CPU are among them
+    told = subprocess.run(macros, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
+    key = hashlib.sha256(f"{FLAGS} {told.stdout} {SOURCE.read_text()}".encode()).hexdigest()[:16]
     built = folder / f"tree-{key}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -181,15 +181,18 @@ def test_a_name_that_is_no_text_costs_nothing_but_its_odd_byte(tmp_path):
 
 
 def test_a_job_goes_on_where_a_full_disk_stopped_it(pictures, tmp_path, monkeypatch):
-    out, whole_file, written = tmp_path / "x.parquet", tamzoo.batch.whole_file, []
+    out, whole_file, written, room = tmp_path / "x.parquet", tamzoo.batch.whole_file, [], 0
 
     def fills(path):
-        if len(written) == 5:
+        if len(written) == room:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(path)
         return whole_file(path)
 
     monkeypatch.setattr("tamzoo.batch.whole_file", fills)
+    with pytest.raises(OSError, match=r"cannot write .*x.parquet: No space left on device$"):
+        run([pictures], out)
+    room = 5
     with pytest.raises(
         OSError,
         match=r"cannot write .*x.parquet: No space left on device; 50 of 120 rows are finished and kept",

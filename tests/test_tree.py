@@ -1,6 +1,8 @@
 """The fused product equals the formulation in torch, everywhere it is used."""
 
 import copy
+import os
+import shlex
 import subprocess
 import sys
 import weakref
@@ -234,6 +236,15 @@ def test_a_failed_compilation_is_told_and_leaves_nothing(tmp_path, monkeypatch, 
         tree_cpu.library.cache_clear()
     assert "broken.cpp" in caplog.text and "error" in caplog.text.lower()
     assert not list((tmp_path / "kernels").iterdir())
+
+
+@needs_compiler
+def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path, monkeypatch):
+    """In a cache that machines share; -march=native tells the kind of CPU by macros."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    built = [tree_cpu._build([*compiler, *macro], tmp_path) for macro in ([], ["-D__OTHER_CPU__"], [])]
+    assert built[0] == built[2] != built[1]
+    assert sorted(tmp_path.iterdir()) == sorted(set(built))
 
 
 @needs_compiler
