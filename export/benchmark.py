@@ -10,6 +10,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -80,7 +81,7 @@ class Trainer:
         self.labels = torch.randint(self.model.num_classes, (options.batch,), device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
-        self._replayed = Replayed(self._update) if options.cuda_graph else self._update
+        self._replayed = partial(Replayed(), self._update) if options.cuda_graph else self._update
 
     def step(self) -> None:
         """One training step."""

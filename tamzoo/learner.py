@@ -146,7 +146,8 @@ class Learner:
             group["lr"] = recipe.lr_at(fraction)
         else:
             group["lr"].fill_(recipe.lr_at(fraction))
-            update = self._replayed.setdefault(x.shape, Replayed(update)) if whole else update
+            if whole:
+                update = partial(self._replayed.setdefault(x.shape, Replayed()), update)
         loss = update(x, split.labels[mine])
         if self._averages:
             decay = min(recipe.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten

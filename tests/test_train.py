@@ -1,5 +1,6 @@
 """Runs stop and go on anywhere, keep what was good, and store what they evaluate."""
 
+import gc
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -457,6 +459,23 @@ def test_a_replayed_step_learns_the_same(tmp_path, monkeypatch):
         torch.testing.assert_close(tensor, wanted.learner.state()[name], rtol=1e-5, atol=1e-6)
     losses = [[row["train_loss"] for row in journal.read_log(each.out)] for each in (run, wanted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_learner_that_replays_goes_when_its_last_user_does(monkeypatch):
+    """With the memory of its captured steps, which the next run of a queue needs."""
+    monkeypatch.setattr("tamzoo.replay.capture", lambda function, inputs: (lambda: None, function(*inputs)))
+    monkeypatch.setattr("tamzoo.replay._aside", lambda function, inputs: function(*inputs))
+    options = {"precision": "float32", "compiled": "no", "cuda_graph": True}
+    learner, split = Learner(ENTRY, RECIPE, seed=0, world=CPU, **options), random_split(8, 0)
+    for step in range(5):
+        learner.learn(split, torch.arange(8), step, 0.9)
+    left = weakref.ref(learner)
+    gc.disable()
+    try:
+        del learner
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu
