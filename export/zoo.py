@@ -32,7 +32,7 @@ from tamzoo.evaluate import logits_of, score_of
 from tamzoo.latency import time_in_turns
 from tamzoo.onnx_export import export_deployment, onnx_libraries, open_session, runner
 from tamzoo.program_export import export_plain, export_program, load_program, plain_name
-from tamzoo.quantise import CALIBRATION_IMAGES, export_int8
+from tamzoo.quantise import calibration_of, export_int8
 from tamzoo.terminal import bar, one_sentence, table
 
 BATCH = 250
@@ -134,8 +134,7 @@ def export_formats(entry: Entry, folder: Path, train: Split, test: Split, rounds
         expected = logits_of(model, test, entry.dataset, BATCH, bar)
     except Exception as error:
         return [replace(row, error=_reason(error)) for row in rows]
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
-    calibration, runs = train.pixels[chosen], {}
+    calibration, runs = calibration_of(train), {}
     for index, form in enumerate(FORMATS):
         path = folder / form.file
         try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tamzoo.terminal import Name, Sample, Weights, bar, load_model, test_pixels
+
+if TYPE_CHECKING:
+    from tamzoo.datasets import Dataset
+    from tamzoo.deploy import Deployment, Parity
 
 
 def export(
@@ -24,6 +28,10 @@ def export(
     uint8: Annotated[
         bool, typer.Option(help="Take raw (n, h, w, 3) bytes and normalise in the graph.")
     ] = False,
+    precision: Annotated[
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="Of the arithmetic in an .onnx file; int8 needs --data, to calibrate."),
+    ] = "float32",
     data: Sample = None,
     weights: Weights = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is folded.")] = None,
@@ -32,11 +40,19 @@ def export(
     from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.catalogue import ENTRIES
     from tamzoo.checkpoint import check_output_file, sha256_of
+    from tamzoo.data import data_directory
     from tamzoo.deploy import PARITY_IMAGES, deployment
+    from tamzoo.onnx_export import export_deployment
     from tamzoo.program_export import exporter_for
 
     check_output_file(output)
     write = exporter_for(output)
+    if precision != "float32" and write is not export_deployment:
+        raise ValueError(f"{output}: --precision {precision} is of .onnx files; leave it out, or name one")
+    if precision == "int8":
+        if uint8:
+            raise ValueError("an int8 file takes float32 pixels; leave out --uint8, or --precision int8")
+        data_directory(data)  # refuses before any work
     model, full, dataset = load_model(name, weights)
     trained = ENTRIES[full].trained if full in ENTRIES else None
     made = deployment(
@@ -46,8 +62,26 @@ def export(
         keep_gates=keep_gates,
         tolerance=GATE_TOLERANCE if tolerance is None else tolerance,
     )
-    parity = write(made, output, uint8=uint8, progress=bar)
+    if precision == "int8":
+        parity = _write_int8(made, output, data, dataset)
+    else:
+        how = {"float16": True} if precision == "float16" else {}
+        parity = write(made, output, uint8=uint8, progress=bar, **how)
     if made.report:
         print(made.report)
     print(parity)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _write_int8(made: Deployment, output: Path, data: Path | None, dataset: Dataset) -> Parity:
+    from tempfile import TemporaryDirectory
+
+    from tamzoo.data import data_directory, load_split
+    from tamzoo.onnx_export import export_deployment
+    from tamzoo.quantise import calibration_of, export_int8
+
+    calibration = calibration_of(load_split(data_directory(data), dataset, "train", bar))
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "float32.onnx"
+        export_deployment(made, source, progress=bar)
+        return export_int8(made, output, source=source, calibration=calibration, progress=bar)

@@ -5,8 +5,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from tamzoo.data import Split
 from tamzoo.datasets import Dataset
 from tamzoo.deploy import INT8, Deployment, Parity, as_input, write_checked
 from tamzoo.onnx_export import onnx_libraries, open_session, runner
@@ -14,6 +16,12 @@ from tamzoo.progress import Progress, silent
 
 CALIBRATION_IMAGES = 128  # of more, rarer extremes would widen the ranges, and with them the steps
 BATCH = 64
+
+
+def calibration_of(train: Split) -> Tensor:
+    """The training images that calibrate, always the same: uint8 (n, 3, h, w)."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train.pixels[order[:CALIBRATION_IMAGES]]
 
 
 class _Reader:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
-from tamzoo.images import PICTURES
+from tamzoo.data import Split
+from tamzoo.images import PICTURES, random_crops
+from tamzoo.onnx_export import metadata_of, open_session
 from tamzoo.results import record_of
 from tests.conftest import refused
 
@@ -110,6 +112,25 @@ def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
         )
         assert path.is_file()
     refused(tamzoo("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.h5"), "a file named .onnx, .safeten")
+
+
+def test_an_onnx_file_has_the_precision_asked_for(tamzoo, tmp_path, monkeypatch):
+    split = Split(pixels=random_crops(256, 32), labels=torch.zeros(256, dtype=torch.int64))
+    monkeypatch.setattr("tamzoo.data.load_split", lambda *where: split)
+    monkeypatch.delenv("TAMZOO_DATA", raising=False)
+    common, sizes = ("export", "wrn10_4_tam.cifar10", "-o"), {}
+    for precision, data in {"float32": (), "float16": (), "int8": ("--data", tmp_path)}.items():
+        path = tmp_path / f"{precision}.onnx"
+        code, out, err = tamzoo(*common, path, "--precision", precision, *data)
+        assert code == 0 and "onnxruntime" in out, err
+        assert metadata_of(open_session(path))["precision"] == precision
+        sizes[precision] = path.stat().st_size
+    assert sizes["int8"] < 0.6 * sizes["float16"] < 0.36 * sizes["float32"]
+    new = tmp_path / "new.onnx"
+    refused(tamzoo(*common, new, "--precision", "int8"), "pass --data DIR or set TAMZOO_DATA")
+    refused(tamzoo(*common, new, "--precision", "int8", "--uint8"), "an int8 file takes float32 pixels")
+    refused(tamzoo(*common, tmp_path / "new.pt2", "--precision", "float16"), "is of .onnx files")
+    assert not list(tmp_path.glob("new.*"))
 
 
 def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
