@@ -144,8 +144,21 @@ def gate_product(x: Tensor, parameters: Tensor) -> Tensor:
     Args:
         x: (n, c, h, w), channels_last, with c a power of two.
         parameters: (4c - 5,), level by level: weights, biases, slopes.
+    Raises:
+        ValueError: other shapes.
     """
+    _check_shapes(x, parameters)
     return tree_cpu.forward(x, parameters)
+
+
+def _check_shapes(x: Tensor, parameters: Tensor) -> None:
+    """The kernels would read past the end of what is too short."""
+    c = x.shape[1] if x.dim() == 4 else 0
+    if c < 2 or c.bit_count() != 1 or parameters.shape != (4 * c - 5,):
+        raise ValueError(
+            "expected x (n, c, h, w) with c a power of two, and parameters (4c - 5,), "
+            f"got {tuple(x.shape)} and {tuple(parameters.shape)}"
+        )
 
 
 @torch.library.custom_op("tamzoo::gate_product_backward", mutates_args=(), device_types="cpu")
@@ -158,6 +171,7 @@ def gate_product_backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[
 def _(x: Tensor, parameters: Tensor) -> Tensor:
     from tamzoo import tree_triton  # here, because Triton is not everywhere
 
+    _check_shapes(x, parameters)
     return tree_triton.forward(x, parameters)
 
 

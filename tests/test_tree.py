@@ -248,6 +248,13 @@ def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize(("shape", "count"), [((1, 8, 2, 2), 26), ((1, 6, 2, 2), 19), ((8, 2, 2), 27)])
+def test_shapes_that_do_not_fit_are_refused(shape, count):
+    with pytest.raises(ValueError, match="c a power of two"):
+        tree.gate_product(torch.ones(shape), torch.ones(count))
+
+
+@needs_compiler
 def test_gradcheck():
     parameters = torch.cat([p.detach().flatten() for p in shaken(8).parameters()]).requires_grad_()
     assert torch.autograd.gradcheck(tree.gate_product, (images(2, 8, 3, 2), parameters))
