@@ -221,6 +221,5 @@ def _keeping(job: Job) -> Iterator[None]:
             f"{kept} of {job.identity['rows']} rows are finished and kept in {job.folder}, from where the "
             "same command goes on"
         )
-        raise OSError(
-            error.errno, f"cannot write {job.out}: {reason}" + (f"; {told}" if kept else "")
-        ) from error
+        more = f"; {told}" if kept else ""
+        raise OSError(error.errno, f"cannot write {job.out}: {reason}{more}") from error

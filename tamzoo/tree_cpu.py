@@ -43,16 +43,9 @@ def library() -> ctypes.CDLL | None:
 
 def _build(command: list[str], folder: Path) -> Path:
     """Compiles the source, unless this compiler has done so for this kind of CPU."""
-    macros = [
-        *command,
-        *FLAGS,
-        "-dM",
-        "-E",
-        "-x",
-        "c++",
-        os.devnull,
-    ]  # version and kind of CPU are among them
-    told = subprocess.run(macros, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
+    # the macros tell the compiler's version and what -march=native means here
+    asked = [*command, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
+    told = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
     key = hashlib.sha256(f"{FLAGS} {told.stdout} {SOURCE.read_text()}".encode()).hexdigest()[:16]
     built = folder / f"tree-{key}.so"
     if not built.exists():

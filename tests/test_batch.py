@@ -366,11 +366,8 @@ def test_the_command_tells_rows_errors_and_speed(tamzoo, pictures, tmp_path):
     arguments = (pictures, "--onnx", onnx, *FOREIGN, "-o", tmp_path / "out.parquet", "--batch", 7, "--top", 2)
     code, out, err = tamzoo("predict", *arguments)
     assert code == 0, err
-    assert (
-        f"120 rows, 2 of them errors; the first: {pictures}" in out
-        and "a second" in out
-        and "in the model" in out
-    )
+    assert f"120 rows, 2 of them errors; the first: {pictures}" in out
+    assert "a second" in out and "in the model" in out
     rows = rows_of(tmp_path / "out.parquet")
     assert [row["index"] for row in rows[:6]] == [0, 1, 2, 0, 1, 2]
     assert rows[0]["label"] == "0" and len(rows[0]["top"]) == 2

@@ -493,9 +493,8 @@ def test_gpu_replays_a_step_and_learns_the_same(compiled, joined):
             [learner.learn(split, batch, step, step / 7).item() for step, batch in enumerate(batches)]
         )
         states.append(learner.state())
-    assert losses[1] == pytest.approx(
-        losses[0], rel=1e-3
-    )  # a step's rounding differs from run to run, and grows
+    # a step's rounding differs from run to run, and grows
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-2, atol=1e-2)
 

@@ -239,7 +239,7 @@ def test_a_failed_compilation_is_told_and_leaves_nothing(tmp_path, monkeypatch, 
 
 
 @needs_compiler
-def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path, monkeypatch):
+def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path):
     """In a cache that machines share; -march=native tells the kind of CPU by macros."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     built = [tree_cpu._build([*compiler, *macro], tmp_path) for macro in ([], ["-D__OTHER_CPU__"], [])]
