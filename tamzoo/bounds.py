@@ -1,11 +1,13 @@
-"""Bounds of gates by interval arithmetic: through a tree, and from the picture through the whole network.
+"""Bounds of gates: through a tree, and from the picture through the whole network.
 
-A value is known by the ends of an interval in which it lies, in float64; every step widens it by what float32
-can round there, added up in any order.
+A feature is known by the ends of an interval in which it lies, and a position by a ball in which its channels
+lie together: in deep networks the ends part far faster than the ball grows. All of it is in float64, and
+every step widens it by what float32 can round there, added up in any order.
 """
 
 import operator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from tamzoo.attention import TAM
 HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
 LARGEST = torch.finfo(torch.float32).max
 RISING = (nn.ReLU, nn.Identity, nn.Dropout, nn.MaxPool2d)  # they take the ends of an interval to its ends
-Interval = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
             ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
             low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
             size = torch.maximum(low.abs(), high.abs())
-        low, high = _step(low, high, size, terms + 1)
+        rounding = _rounding(size, terms + 1)
+        low, high = low - rounding, high + rounding
     # a float32 sigmoid is off by a few units in the last place, and 0 below the smallest normal number
     least = torch.sigmoid(low).item() * (1 - 8 * HALF_ULP) - torch.finfo(torch.float32).tiny
     return max(0.0, least), min(1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP))
@@ -86,11 +88,12 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
         raise ValueError("bounding gates needs a model in eval mode; call model.eval() first")
     if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"bounds are of float32 and its rounding, the model's weights are {dtype}")
-    intervals = _Intervals(fx.GraphModule(model, _Tracer().trace(model)))
+    regions = _Regions(fx.GraphModule(model, _Tracer().trace(model)))
+    low, high = low.double(), high.double()
     with suppress(_Unknown):
-        intervals.run(_step(low.double(), high.double()))
+        regions.run(_region(low, high, (low + high) / 2, _length(high - low) / 2))
     names = (name for name, module in model.named_modules() if isinstance(module, TAM))
-    return {name: intervals.gates.get(name, (0.0, 1.0)) for name in names}
+    return {name: regions.gates.get(name, (0.0, 1.0)) for name in names}
 
 
 class _Unknown(Exception):
@@ -102,73 +105,153 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (TAM, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
-class _Intervals(fx.Interpreter):
-    """A traced network on intervals, from its input to its last gate."""
+@dataclass(frozen=True, kw_only=True)
+class _Region:
+    """Where the features between two layers can be.
+
+    Attributes:
+        low: (1, c, h, w), the lower end of each one's interval; high, the upper.
+        centre: (1, c, h, w), what the input midway between the two gives, were nothing rounded.
+        radius: (1, 1, h, w), the longest Euclidean distance of a position's c features from the centre's.
+    """
+
+    low: Tensor
+    high: Tensor
+    centre: Tensor
+    radius: Tensor
+
+
+def _region(
+    low: Tensor,
+    high: Tensor,
+    centre: Tensor,
+    radius: Tensor,
+    size: Tensor | None = None,
+    terms: int = 2,
+) -> _Region:
+    """The result of a layer, widened by what it rounds, each of box and ball cut to the other.
+
+    Args:
+        size: As of `_rounding`; by default the result's.
+    """
+    rounding = _rounding(torch.maximum(low.abs(), high.abs()) if size is None else size, terms)
+    radius = radius + _length(rounding)
+    low = torch.maximum(low - rounding, centre - radius)
+    high = torch.minimum(high + rounding, centre + radius)
+    radius = torch.minimum(radius, _length(torch.maximum(high - centre, centre - low)))
+    return _Region(low=low, high=high, centre=centre, radius=radius)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Of each position's channels: (1, c, h, w) -> (1, 1, h, w)."""
+    return x.norm(dim=1, keepdim=True)
+
+
+class _Regions(fx.Interpreter):
+    """A traced network on regions, from its input to its last gate."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
+        _join_convolutions(traced)
         super().__init__(traced)
         self.gates: dict[str, tuple[float, float]] = {}
         self._most = sum(isinstance(module, TAM) for module in traced.modules())
+        self._convolution: nn.Conv2d | None = None  # that the BatchNorm which runs has taken in
 
     def run_node(self, n: fx.Node) -> Any:
+        self._convolution = n.meta.get("convolution")
         return super().run_node(n) if len(self.gates) < self._most else None
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
-        module, (low, high) = self.fetch_attr(target), args[0]
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
+        module, x = self.fetch_attr(target), args[0]
         if isinstance(module, TAM):
-            least, most = _through_tree(module, low.amin((0, 2, 3)), high.amax((0, 2, 3)))
-            self.gates[target] = least, most
-            low = torch.where(low < 0, low * most, low * least)
-            return _step(low, torch.where(high < 0, high * least, high * most))
+            self.gates[target] = _through_tree(module, x.low.amin((0, 2, 3)), x.high.amax((0, 2, 3)))
+            return _product(x, *self.gates[target])
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
-            return _convolution(module, low, high)
+            return _affine(x, module, None)
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            return _batch_norm(module, low, high)
+            return _affine(x, self._convolution, module)
         if isinstance(module, RISING):
-            return module(low.clone()), module(high.clone())
+            low, high, centre = (module(end.clone()) for end in (x.low, x.high, x.centre))
+            pools = isinstance(module, nn.MaxPool2d)  # a position's channels come from several
+            radius = torch.full_like(low[:, :1], torch.inf) if pools else x.radius
+            return _region(low, high, centre, radius, terms=0)
         raise _Unknown(target)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Interval:
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
         if target not in (operator.add, operator.iadd):
             raise _Unknown(target)
-        (low, high), (other_low, other_high) = args
-        return _step(low + other_low, high + other_high)
+        x, y = args
+        return _region(x.low + y.low, x.high + y.high, x.centre + y.centre, x.radius + y.radius)
 
 
-def _stays_finite(size: Tensor) -> bool:
-    return size.max().item() < LARGEST  # and NaN is not
+def _join_convolutions(traced: fx.GraphModule) -> None:
+    """Has each BatchNorm do the work of the convolution before it, too, where nothing else wants its result.
+
+    One step keeps the ball smaller than two: the axis along which it grows most may be the one that shrinks.
+    """
+
+    calls = {
+        node: traced.get_submodule(node.target) for node in traced.graph.nodes if node.op == "call_module"
+    }
+    for norm in [node for node, module in calls.items() if isinstance(module, _BatchNorm)]:
+        before: Any = norm.args[0]
+        layer = calls.get(before)
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and len(before.users) == 1:
+            norm.args, norm.meta["convolution"] = before.args, layer
+            traced.graph.erase_node(before)
 
 
-def _widened(low: Tensor, high: Tensor, size: Tensor, terms: int) -> Interval:
-    """By twice what float32 can round in a sum of so many terms whose absolute values come to `size`."""
-    rounding = 2 * HALF_ULP * terms * size
-    return low - rounding, high + rounding
+def _rounding(size: Tensor, terms: int) -> Tensor:
+    """Twice what float32 can round in sums of so many terms whose absolute values come to `size`.
 
-
-def _step(low: Tensor, high: Tensor, size: Tensor | None = None, terms: int = 2) -> Interval:
-    """The result of a layer; `size` is by default the result's."""
-    size = torch.maximum(low.abs(), high.abs()) if size is None else size
-    if not _stays_finite(size):
+    Raises:
+        _Unknown: they may overflow.
+    """
+    if not size.max().item() < LARGEST:  # nor NaN
         raise _Unknown
-    return _widened(low, high, size, terms)
+    return 2 * HALF_ULP * terms * size
 
 
-def _convolution(layer: nn.Conv2d, low: Tensor, high: Tensor) -> Interval:
-    """By centre and radius, each a convolution."""
-    centre, radius, weight = (low + high) / 2, (high - low) / 2, layer.weight.double()
-    bias = torch.zeros_like(weight[:, 0, 0, 0]) if layer.bias is None else layer.bias.double()
-    how: Any = layer.stride, layer.padding, layer.dilation, layer.groups
-    middle, reach = conv2d(centre, weight, bias, *how), conv2d(radius, weight.abs(), None, *how)
-    size = conv2d(centre.abs() + radius, weight.abs(), bias.abs(), *how)
-    return _step(middle - reach, middle + reach, size, weight[0].numel() + 1)
+def _product(x: _Region, least: float, most: float) -> _Region:
+    """With a gate between `least` and `most`."""
+    low = torch.where(x.low < 0, x.low * most, x.low * least)
+    high = torch.where(x.high < 0, x.high * least, x.high * most)
+    radius = most * x.radius + (most - least) / 2 * _length(x.centre)
+    return _region(low, high, x.centre * (least + most) / 2, radius)
 
 
-def _batch_norm(layer: _BatchNorm, low: Tensor, high: Tensor) -> Interval:
-    assert layer.running_mean is not None and layer.running_var is not None
-    mean, scale = layer.running_mean.double(), torch.rsqrt(layer.running_var.double() + layer.eps)
-    scale = layer.weight.double() * scale if layer.affine else scale
-    bias = layer.bias.double() if layer.affine else torch.zeros_like(scale)
-    mean, scale, bias = (value[:, None, None] for value in (mean, scale, bias))
-    ends = (low - mean) * scale + bias, (high - mean) * scale + bias
-    size = (torch.maximum(low.abs(), high.abs()) + mean.abs()) * scale.abs() + bias.abs()
-    return _step(torch.minimum(*ends), torch.maximum(*ends), size, 8)
+def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Region:
+    """A convolution, a BatchNorm, or the one and then the other, in one step."""
+    if layer is None:
+        weight, how = torch.ones_like(x.centre[0, :, :1, :1, None]), (1, 0, 1, x.centre.shape[1])
+    else:
+        weight = layer.weight.double()
+        how: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+    bias = torch.zeros_like(weight[:, 0, 0, 0])
+    if layer is not None and layer.bias is not None:
+        bias = layer.bias.double()
+    terms, bias_size = weight[0].numel() + 1, bias.abs()
+    if norm is not None:
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, scale = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
+        scale = norm.weight.double() * scale if norm.affine else scale
+        shift = norm.bias.double() if norm.affine else torch.zeros_like(scale)
+        weight, terms = weight * scale[:, None, None, None], terms + 8
+        bias, bias_size = (bias - mean) * scale + shift, (bias_size + mean.abs()) * scale.abs() + shift.abs()
+    middle, reach = (x.low + x.high) / 2, (x.high - x.low) / 2
+    size = conv2d(middle.abs() + reach, weight.abs(), bias_size, *how)
+    middle, reach = conv2d(middle, weight, bias, *how), conv2d(reach, weight.abs(), None, *how)
+    centre = conv2d(x.centre, weight, bias, *how)
+    # a position is a matrix times its patch, which is as far from the centre's as all its positions together
+    patch = conv2d(x.radius**2, torch.ones_like(weight[:1, :1]), None, *how[:3]).sqrt()
+    row = weight.flatten(1).norm(dim=1)[:, None, None] * patch
+    low, high = torch.maximum(middle - reach, centre - row), torch.minimum(middle + reach, centre + row)
+    return _region(low, high, centre, _spectral_norm(weight, how[3]) * patch, size, terms)
+
+
+def _spectral_norm(weight: Tensor, groups: int) -> Tensor:
+    """By how much a convolution's matrix, from a patch to a position's channels, stretches at most."""
+    matrix = weight.view(groups, -1, weight[0].numel())
+    gram = matrix @ matrix.mT if matrix.shape[1] < matrix.shape[2] else matrix.mT @ matrix
+    longest = torch.linalg.eigvalsh(gram)[:, -1].max().clamp(min=0).sqrt()
+    return longest * (1 + 1e-9)  # float64 rounds less than that

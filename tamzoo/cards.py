@@ -151,7 +151,7 @@ def _gates(gates: Sequence[GateStats]) -> str:
     return (
         f"\n## Gates\n\nOver all positions of {gates[0].n:,} images; a gate with a standard deviation near 0 "
         "is a number, and folds into the weights before it. The bounds hold for any input whose channels "
-        "stay in the ranges seen. In the last column intervals were followed from the pixels on: proven is "
+        "stay in the ranges seen. The last column was followed from the pixels through all layers: proven is "
         f"that no picture of this size, seen or not, moves the gate by more than {GATE_TOLERANCE:g}.\n\n"
         f"{table(rows)}\n\n![Mean and range of every gate](gates.png)\n"
     )

@@ -119,6 +119,48 @@ def test_bounds_through_one_layer_are_its_extremes(channels, layer):
     }
 
 
+HADAMARD = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+
+
+def turning(weight: Tensor, kernel: int = 1, **how) -> nn.Conv2d:
+    """A convolution without bias, of the same matrix at each place of its kernel."""
+    layer = nn.Conv2d(*weight.shape[::-1], kernel, bias=False, **how)
+    layer.weight.data = weight[:, :, None, None].expand_as(layer.weight).clone()
+    return layer
+
+
+def scaling(scale: list[float]) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(len(scale), eps=0)
+    norm.weight.data = torch.tensor(scale)
+    return norm
+
+
+ROW = torch.tensor([[1.0, 1, 1, -1]]) / 2  # of what HADAMARD made of x, it makes halves of x again
+SCALE = [8.0, 0.25, 2.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("layers", "largest"),
+    [
+        # the first layer turns the box of all between -1 and 1, whose corners are 2 from its centre
+        ([turning(HADAMARD), turning(ROW)], 2),
+        ([turning(HADAMARD), nn.Identity(), turning(HADAMARD), turning(ROW @ HADAMARD)], 2),
+        ([turning(HADAMARD), turning(torch.eye(4) / 3, 3, padding=1), turning(ROW)], 6),
+        ([turning(HADAMARD), turning(torch.eye(4) / 3, 3, stride=2), turning(ROW)], 6),
+        ([turning(HADAMARD / torch.tensor(SCALE)[:, None]), scaling(SCALE), turning(ROW)], 2),
+        ([turning(HADAMARD), scaling([2.0] * 4), turning(ROW)], 4),
+    ],
+    ids=["turned", "thrice", "padded", "strided", "scaled back", "scaled"],
+)
+def test_channels_are_bounded_together(layers, largest):
+    model = nn.Sequential(*layers, reading()).eval().requires_grad_(False)
+    high = torch.ones(1, 4, 7, 7)
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4)[:, :, None, None].expand(-1, -1, 7, 7)
+    assert model[:-1](corners).max().item() == pytest.approx(largest)
+    least, most = torch.tensor(bound_gates(model, -high, high)[str(len(layers))]).logit().tolist()
+    assert (least, most) == pytest.approx((-largest, largest), rel=1e-3)
+
+
 def test_bounds_through_a_sum_take_both_for_independent():
     class Sum(nn.Module):
         def __init__(self) -> None:
