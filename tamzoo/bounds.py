@@ -189,27 +189,25 @@ def _join_convolutions(traced: fx.GraphModule) -> None:
 
     One step keeps the ball smaller than two: the axis along which it grows most may be the one that shrinks.
     """
-
-    calls = {
-        node: traced.get_submodule(node.target) for node in traced.graph.nodes if node.op == "call_module"
-    }
-    for norm in [node for node, module in calls.items() if isinstance(module, _BatchNorm)]:
+    called = (node for node in traced.graph.nodes if node.op == "call_module")
+    modules = {node: traced.get_submodule(node.target) for node in called}
+    for norm in [node for node, module in modules.items() if isinstance(module, _BatchNorm)]:
         before: Any = norm.args[0]
-        layer = calls.get(before)
+        layer = modules.get(before)
         if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and len(before.users) == 1:
             norm.args, norm.meta["convolution"] = before.args, layer
             traced.graph.erase_node(before)
 
 
 def _rounding(size: Tensor, terms: int) -> Tensor:
-    """Twice what float32 can round in sums of so many terms whose absolute values come to `size`.
+    """Twice what float32 can round in sums of so many terms whose absolute values come to `size`."""
+    _check_range(size)
+    return 2 * HALF_ULP * terms * size
 
-    Raises:
-        _Unknown: they may overflow.
-    """
+
+def _check_range(size: Tensor) -> None:
     if not size.max().item() < LARGEST:  # nor NaN
         raise _Unknown
-    return 2 * HALF_ULP * terms * size
 
 
 def _product(x: _Region, least: float, most: float) -> _Region:
@@ -230,19 +228,20 @@ def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Re
     bias = torch.zeros_like(weight[:, 0, 0, 0])
     if layer is not None and layer.bias is not None:
         bias = layer.bias.double()
-    terms, bias_size = weight[0].numel() + 1, bias.abs()
+    middle, reach, terms = (x.low + x.high) / 2, (x.high - x.low) / 2, weight[0].numel() + 1
+    size = conv2d(middle.abs() + reach, weight.abs(), bias.abs(), *how)
     if norm is not None:
         assert norm.running_mean is not None and norm.running_var is not None
         mean, scale = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
         scale = norm.weight.double() * scale if norm.affine else scale
         shift = norm.bias.double() if norm.affine else torch.zeros_like(scale)
-        weight, terms = weight * scale[:, None, None, None], terms + 8
-        bias, bias_size = (bias - mean) * scale + shift, (bias_size + mean.abs()) * scale.abs() + shift.abs()
-    middle, reach = (x.low + x.high) / 2, (x.high - x.low) / 2
-    size = conv2d(middle.abs() + reach, weight.abs(), bias_size, *how)
+        size = size + mean.abs()[:, None, None]
+        _check_range(size)
+        size, terms = size * scale.abs()[:, None, None] + shift.abs()[:, None, None], terms + 8
+        weight, bias = weight * scale[:, None, None, None], (bias - mean) * scale + shift
     middle, reach = conv2d(middle, weight, bias, *how), conv2d(reach, weight.abs(), None, *how)
     centre = conv2d(x.centre, weight, bias, *how)
-    # a position is a matrix times its patch, which is as far from the centre's as all its positions together
+    # a position is a matrix times its patch, of which the distances of its positions are known
     patch = conv2d(x.radius**2, torch.ones_like(weight[:1, :1]), None, *how[:3]).sqrt()
     row = weight.flatten(1).norm(dim=1)[:, None, None] * patch
     low, high = torch.maximum(middle - reach, centre - row), torch.minimum(middle + reach, centre + row)

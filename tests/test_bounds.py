@@ -215,11 +215,13 @@ def test_measuring_tells_of_any_input_where_asked(shaken):
     assert first.on_any_picture(1e-4) != "proven"
 
 
-def test_features_beyond_float32_leave_a_gate_unknown(shaken):
+@pytest.mark.parametrize(("of_convolution", "of_norm"), [(1, 1e38), (1e38, 1e-38)])
+def test_features_beyond_float32_leave_a_gate_unknown(shaken, of_convolution, of_norm):
     model = shaken(timm.create_model("resnet20_tam.cifar10"))
     for gate in gates_of(model).values():
         nn.init.zeros_(gate.tree[-1].weight)
-    model.layer2[0].bn2.weight.data *= 1e38
+    model.layer2[0].conv2.weight.data *= of_convolution
+    model.layer2[0].bn2.weight.data *= of_norm
     low, high = darkest_and_brightest(ENTRIES["resnet20_tam.cifar10"].dataset)
     widths = [most - least for least, most in bound_gates(model, low, high).values()]
     assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
