@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # of several processes too
 from tamzoo.attention import TAM
 
 HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
-LARGEST = torch.finfo(torch.float32).max
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 RISING = (nn.ReLU, nn.Identity, nn.Dropout, nn.MaxPool2d)  # they take the ends of an interval to its ends
 
 
@@ -37,34 +37,6 @@ def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
         return _through_tree(gate, low.double(), high.double())
     except _Unknown:
         return 0.0, 1.0
-
-
-def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
-    for layer in gate.tree:
-        terms = 1
-        if isinstance(layer, nn.Conv2d):
-            groups, terms = layer.groups, layer.in_channels // layer.groups
-            weight = layer.weight.double().view(groups, -1, terms)  # (groups, outputs, inputs)
-            low, high = low.view(groups, 1, terms), high.view(groups, 1, terms)
-            ends = weight * low, weight * high
-            size = torch.maximum(ends[0].abs(), ends[1].abs()).sum(2).flatten()
-            low = torch.minimum(*ends).sum(2).flatten()
-            high = torch.maximum(*ends).sum(2).flatten()
-            if layer.bias is not None:
-                bias = layer.bias.double()
-                low, high, size = low + bias, high + bias, size + bias.abs()
-        else:
-            assert isinstance(layer, nn.PReLU)
-            ends = [torch.where(end < 0, layer.weight.double() * end, end) for end in (low, high)]
-            touches_zero = (low < 0) & (high > 0)
-            ends.append(torch.where(touches_zero, torch.zeros_like(low), ends[0]))
-            low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
-            size = torch.maximum(low.abs(), high.abs())
-        rounding = _rounding(size, terms + 1)
-        low, high = low - rounding, high + rounding
-    # a float32 sigmoid is off by a few units in the last place, and 0 below the smallest normal number
-    least = torch.sigmoid(low).item() * (1 - 8 * HALF_ULP) - torch.finfo(torch.float32).tiny
-    return max(0.0, least), min(1.0, torch.sigmoid(high).item() * (1 + 8 * HALF_ULP))
 
 
 @torch.no_grad()
@@ -91,7 +63,7 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
     regions = _Regions(fx.GraphModule(model, _Tracer().trace(model)))
     low, high = low.double(), high.double()
     with suppress(_Unknown):
-        regions.run(_region(low, high, (low + high) / 2, _length(high - low) / 2))
+        regions.run(_region(low, high, (low + high) / 2))
     names = (name for name, module in model.named_modules() if isinstance(module, TAM))
     return {name: regions.gates.get(name, (0.0, 1.0)) for name in names}
 
@@ -112,34 +84,41 @@ class _Region:
     Attributes:
         low: (1, c, h, w), the lower end of each one's interval; high, the upper.
         centre: (1, c, h, w), what the input midway between the two gives, were nothing rounded.
-        radius: (1, 1, h, w), the longest Euclidean distance of a position's c features from the centre's.
+        radius: (1, 1, h, w), the longest Euclidean distance of a position's c features from the centre's,
+            each divided by its channel's `scale`.
+        scale: (1, c, 1, 1), above 0.
     """
 
     low: Tensor
     high: Tensor
     centre: Tensor
     radius: Tensor
+    scale: Tensor
 
 
 def _region(
     low: Tensor,
     high: Tensor,
     centre: Tensor,
-    radius: Tensor,
+    radius: Tensor | None = None,
+    scale: Tensor | None = None,
     size: Tensor | None = None,
     terms: int = 2,
 ) -> _Region:
     """The result of a layer, widened by what it rounds, each of box and ball cut to the other.
 
     Args:
+        radius: None where nothing is known beyond the ends.
+        scale: By default 1 everywhere.
         size: As of `_rounding`; by default the result's.
     """
+    scale = torch.ones_like(low[:, :, :1, :1]) if scale is None else scale
     rounding = _rounding(torch.maximum(low.abs(), high.abs()) if size is None else size, terms)
-    radius = radius + _length(rounding)
-    low = torch.maximum(low - rounding, centre - radius)
-    high = torch.minimum(high + rounding, centre + radius)
-    radius = torch.minimum(radius, _length(torch.maximum(high - centre, centre - low)))
-    return _Region(low=low, high=high, centre=centre, radius=radius)
+    low, high = low - rounding, high + rounding
+    farthest = _length(torch.maximum(high - centre, centre - low) / scale)
+    radius = farthest if radius is None else torch.minimum(radius + _length(rounding / scale), farthest)
+    low, high = torch.maximum(low, centre - radius * scale), torch.minimum(high, centre + radius * scale)
+    return _Region(low=low, high=high, centre=centre, radius=radius, scale=scale)
 
 
 def _length(x: Tensor) -> Tensor:
@@ -173,15 +152,15 @@ class _Regions(fx.Interpreter):
         if isinstance(module, RISING):
             low, high, centre = (module(end.clone()) for end in (x.low, x.high, x.centre))
             pools = isinstance(module, nn.MaxPool2d)  # a position's channels come from several
-            radius = torch.full_like(low[:, :1], torch.inf) if pools else x.radius
-            return _region(low, high, centre, radius, terms=0)
+            return _region(low, high, centre, None if pools else x.radius, x.scale, terms=0)
         raise _Unknown(target)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
         if target not in (operator.add, operator.iadd):
             raise _Unknown(target)
         x, y = args
-        return _region(x.low + y.low, x.high + y.high, x.centre + y.centre, x.radius + y.radius)
+        radius = x.radius * x.scale.max() + y.radius * y.scale.max()
+        return _region(x.low + y.low, x.high + y.high, x.centre + y.centre, radius)
 
 
 def _join_convolutions(traced: fx.GraphModule) -> None:
@@ -210,12 +189,31 @@ def _check_range(size: Tensor) -> None:
         raise _Unknown
 
 
+def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
+    x = _region(*(end.view(1, -1, 1, 1) for end in (low, high, (low + high) / 2)), terms=0)
+    for layer in gate.tree:
+        x = _affine(x, layer, None) if isinstance(layer, nn.Conv2d) else _prelu(x, layer.weight)
+    # a float32 sigmoid is off by a few units in the last place, and 0 below the smallest normal number
+    least = torch.sigmoid(x.low.min()).item() * (1 - 8 * HALF_ULP) - torch.finfo(torch.float32).tiny
+    return max(0.0, least), min(1.0, torch.sigmoid(x.high.max()).item() * (1 + 8 * HALF_ULP))
+
+
+def _prelu(x: _Region, slope: Tensor) -> _Region:
+    slope = slope.double().view(1, -1, 1, 1)
+    low, high, centre = (torch.where(value < 0, slope * value, value) for value in (x.low, x.high, x.centre))
+    # a falling slope turns the interval round, with 0 at its lower end where it holds that
+    ends = torch.stack([low, high, torch.where((x.low < 0) & (x.high > 0), 0, low)])
+    steepest = torch.maximum(slope.abs() * (x.low < 0), 1.0 * (x.high > 0)).amax((2, 3), keepdim=True)
+    scale = x.scale * steepest.clamp(min=SMALLEST)
+    return _region(ends.amin(0), ends.amax(0), centre, x.radius, scale)
+
+
 def _product(x: _Region, least: float, most: float) -> _Region:
     """With a gate between `least` and `most`."""
     low = torch.where(x.low < 0, x.low * most, x.low * least)
     high = torch.where(x.high < 0, x.high * least, x.high * most)
-    radius = most * x.radius + (most - least) / 2 * _length(x.centre)
-    return _region(low, high, x.centre * (least + most) / 2, radius)
+    radius = most * x.radius + (most - least) / 2 * _length(x.centre / x.scale)
+    return _region(low, high, x.centre * (least + most) / 2, radius, x.scale)
 
 
 def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Region:
@@ -232,25 +230,28 @@ def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Re
     size = conv2d(middle.abs() + reach, weight.abs(), bias.abs(), *how)
     if norm is not None:
         assert norm.running_mean is not None and norm.running_var is not None
-        mean, scale = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
-        scale = norm.weight.double() * scale if norm.affine else scale
-        shift = norm.bias.double() if norm.affine else torch.zeros_like(scale)
+        mean, factor = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
+        factor = norm.weight.double() * factor if norm.affine else factor
+        shift = norm.bias.double() if norm.affine else torch.zeros_like(factor)
         size = size + mean.abs()[:, None, None]
         _check_range(size)
-        size, terms = size * scale.abs()[:, None, None] + shift.abs()[:, None, None], terms + 8
-        weight, bias = weight * scale[:, None, None, None], (bias - mean) * scale + shift
+        size, terms = size * factor.abs()[:, None, None] + shift.abs()[:, None, None], terms + 8
+        weight, bias = weight * factor[:, None, None, None], (bias - mean) * factor + shift
     middle, reach = conv2d(middle, weight, bias, *how), conv2d(reach, weight.abs(), None, *how)
-    centre = conv2d(x.centre, weight, bias, *how)
+    low, high, centre = middle - reach, middle + reach, conv2d(x.centre, weight, bias, *how)
     # a position is a matrix times its patch, of which the distances of its positions are known
     patch = conv2d(x.radius**2, torch.ones_like(weight[:1, :1]), None, *how[:3]).sqrt()
-    row = weight.flatten(1).norm(dim=1)[:, None, None] * patch
-    low, high = torch.maximum(middle - reach, centre - row), torch.minimum(middle + reach, centre + row)
-    return _region(low, high, centre, _spectral_norm(weight, how[3]) * patch, size, terms)
+    matrix = weight.view(how[3], -1, *weight.shape[1:]) * x.scale.view(how[3], 1, -1, 1, 1)
+    matrix = matrix.flatten(2)  # (groups, outputs, inputs)
+    rows = matrix.norm(dim=2).view(1, -1, 1, 1)
+    if matrix.shape[1] == 1:  # outputs that share no input
+        return _region(low, high, centre, patch, rows.clamp(min=SMALLEST), size, terms)
+    low, high = torch.maximum(low, centre - rows * patch), torch.minimum(high, centre + rows * patch)
+    return _region(low, high, centre, _spectral_norm(matrix) * patch, None, size, terms)
 
 
-def _spectral_norm(weight: Tensor, groups: int) -> Tensor:
-    """By how much a convolution's matrix, from a patch to a position's channels, stretches at most."""
-    matrix = weight.view(groups, -1, weight[0].numel())
+def _spectral_norm(matrix: Tensor) -> Tensor:
+    """By how much the matrices, (n, rows, columns), stretch at most."""
     gram = matrix @ matrix.mT if matrix.shape[1] < matrix.shape[2] else matrix.mT @ matrix
     longest = torch.linalg.eigvalsh(gram)[:, -1].max().clamp(min=0).sqrt()
     return longest * (1 + 1e-9)  # float64 rounds less than that

@@ -148,9 +148,10 @@ SCALE = [8.0, 0.25, 2.0, 0.5]
         ([turning(HADAMARD), turning(torch.eye(4) / 3, 3, padding=1), turning(ROW)], 6),
         ([turning(HADAMARD), turning(torch.eye(4) / 3, 3, stride=2), turning(ROW)], 6),
         ([turning(HADAMARD / torch.tensor(SCALE)[:, None]), scaling(SCALE), turning(ROW)], 2),
+        ([turning(HADAMARD), nn.Identity(), scaling(SCALE), turning(ROW / torch.tensor(SCALE))], 2),
         ([turning(HADAMARD), scaling([2.0] * 4), turning(ROW)], 4),
     ],
-    ids=["turned", "thrice", "padded", "strided", "scaled back", "scaled"],
+    ids=["turned", "thrice", "padded", "strided", "scaled back", "scaled, and back", "scaled"],
 )
 def test_channels_are_bounded_together(layers, largest):
     model = nn.Sequential(*layers, reading()).eval().requires_grad_(False)
