@@ -194,7 +194,7 @@ def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
     for layer in gate.tree:
         x = _affine(x, layer, None) if isinstance(layer, nn.Conv2d) else _prelu(x, layer.weight)
     # a float32 sigmoid is off by a few units in the last place, and 0 below the smallest normal number
-    least = torch.sigmoid(x.low.min()).item() * (1 - 8 * HALF_ULP) - torch.finfo(torch.float32).tiny
+    least = torch.sigmoid(x.low.min()).item() * (1 - 8 * HALF_ULP) - SMALLEST
     return max(0.0, least), min(1.0, torch.sigmoid(x.high.max()).item() * (1 + 8 * HALF_ULP))
 
 
