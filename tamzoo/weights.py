@@ -36,7 +36,7 @@ _SHA256 = {  # of model.safetensors, by recipe
         "wrn16_8_tam.cifar100": "273a3c0ae3de03501256075abf0bf97decc79065de3e699d382884b85b828ec9",
     },
     "restart-cpu": {
-        "resnext50_32x4d_tam.cifar10": "921c74a5a67a64d781ce559a4369726dd1e3f738bbc51f309a697c36562c4be4",
+        "resnext50_32x4d_tam.cifar10": "473a6302181ae94d107635968bd3954eafad38221464c396968f1f3cc1d0150a",
         "resnet50_tam.cifar10": "1c7ba19c0626f8fbf20fd5cf102754bc7d97b318ec2c2ec9e83d72549fcd575e",
         "wrn16_8_tam.cifar10": "7a31102b3f5981ec163213134184578d71ce9659dd4e52b0ff0a23597eeed4ab",
         "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",
