@@ -192,14 +192,15 @@ def _check_range(size: Tensor) -> None:
 def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
     x = _region(*(end.view(1, -1, 1, 1) for end in (low, high, (low + high) / 2)), terms=0)
     for layer in gate.tree:
-        x = _affine(x, layer, None) if isinstance(layer, nn.Conv2d) else _prelu(x, layer.weight)
+        x = _affine(x, layer, None) if isinstance(layer, nn.Conv2d) else _prelu(x, layer)
     # a float32 sigmoid is off by a few units in the last place, and 0 below the smallest normal number
     least = torch.sigmoid(x.low.min()).item() * (1 - 8 * HALF_ULP) - SMALLEST
     return max(0.0, least), min(1.0, torch.sigmoid(x.high.max()).item() * (1 + 8 * HALF_ULP))
 
 
-def _prelu(x: _Region, slope: Tensor) -> _Region:
-    slope = slope.double().view(1, -1, 1, 1)
+def _prelu(x: _Region, layer: nn.Module) -> _Region:
+    assert isinstance(layer, nn.PReLU)
+    slope = layer.weight.double().view(1, -1, 1, 1)
     low, high, centre = (torch.where(value < 0, slope * value, value) for value in (x.low, x.high, x.centre))
     # a falling slope turns the interval round, with 0 at its lower end where it holds that
     ends = torch.stack([low, high, torch.where((x.low < 0) & (x.high > 0), 0, low)])
