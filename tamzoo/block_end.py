@@ -31,7 +31,7 @@ class _JoinedEnd:
         shortcut = x if self.downsample is None else self.downsample(x)
         x, norm = self._branch(x), getattr(self, self.last_affine)
         self.se.forget_gate()
-        return block_end(x, *_affine(x, norm), shortcut, flat(self.se.tree))
+        return block_end(x, *_statistics(x, norm), norm.weight, norm.bias, shortcut, flat(self.se.tree))
 
 
 class JoinedBasicBlock(_JoinedEnd, BasicBlock):
@@ -85,8 +85,8 @@ def _can_join(block: Any) -> bool:
     )
 
 
-def _affine(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (c,) each, that normalise x by its own statistics; the running ones take a step."""
+def _statistics(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Mean of x and 1 / its standard deviation, (c,) each; the running ones take a step."""
     assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
     assert norm.num_batches_tracked is not None
     variance, mean = torch.var_mean(x.to(norm.weight.dtype), (0, 2, 3), correction=0)
@@ -95,32 +95,55 @@ def _affine(x: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return scale, norm.bias - mean * scale
+    return mean, torch.rsqrt(variance + norm.eps)
 
 
 @torch.library.custom_op("tamzoo::block_end", mutates_args=(), device_types="cpu")
-def block_end(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor) -> Tensor:
-    """relu(gate_product(x * scale + shift, parameters) + shortcut).
+def block_end(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, parameters: Tensor
+) -> Tensor:
+    """relu(gate_product((x - mean) * rstd * weight + bias, parameters) + shortcut).
+
+    It is given BatchNorm's parts and not its scale and shift: Triton 3.6 does not compile what torch.compile
+    makes of statistics with these behind them.
 
     Args:
         x: (n, c, h, w), channels_last, with c a power of two.
-        scale: (c,); shift too.
+        mean: (c,); rstd, weight and bias too.
         shortcut: As x.
         parameters: As of `gate_product`.
     """
-    return torch.relu_(gate_product(_scaled(x, scale, shift), parameters) + shortcut).to(x.dtype)
+    h = _scaled(x, *_affine(mean, rstd, weight, bias))
+    return torch.relu_(gate_product(h, parameters) + shortcut).to(x.dtype)
 
 
 @torch.library.custom_op("tamzoo::block_end_backward", mutates_args=(), device_types="cpu")
 def block_end_backward(
-    grad: Tensor, out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, parameters: Tensor
+    grad: Tensor,
+    out: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    parameters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `block_end` with respect to all that it is given, from that of its result `out`."""
+    """Gradients of `block_end` with respect to x, scale, shift, shortcut and parameters.
+
+    Args:
+        grad: That of its result `out`.
+    """
+    scale, shift = _affine(mean, rstd, weight, bias)
     grad = torch.where(out <= 0, 0, grad)
     below, others = gate_product_backward(grad, _scaled(x, scale, shift), parameters)
     scaled = below * scale[:, None, None]
     return scaled.to(x.dtype), (below * x).sum((0, 2, 3)), below.sum((0, 2, 3)), grad, others
+
+
+def _affine(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (c,) each, of BatchNorm."""
+    scale = weight * rstd
+    return scale, bias - mean * scale
 
 
 def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -128,41 +151,50 @@ def _scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @block_end.register_kernel("cuda")
-def _(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor) -> Tensor:
+def _(x: Tensor, *given: Tensor) -> Tensor:
     from tamzoo import tree_triton  # here, because Triton is not everywhere
 
-    return tree_triton.end_forward(x, scale, shift, shortcut, parameters)
+    return tree_triton.end_forward(x, *given)
 
 
 @block_end_backward.register_kernel("cuda")
-def _(
-    grad: Tensor, out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, parameters: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad: Tensor, *given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from tamzoo import tree_triton
 
-    return tree_triton.end_backward(grad, out, x, scale, shift, parameters)
+    return tree_triton.end_backward(grad, *given)
 
 
 @block_end.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor) -> Tensor:
+def _(x: Tensor, *given: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
 @block_end_backward.register_fake
 def _(
-    grad: Tensor, out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, parameters: Tensor
+    grad: Tensor, out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = (x, scale, shift, out, parameters)
+    like = (x, mean, rstd, out, others[-1])
     return tuple(torch.empty_like(tensor) for tensor in like)  # pyright: ignore[reportReturnType]
 
 
 def _remember(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x, scale, shift, _, parameters = inputs
-    ctx.save_for_backward(output, x, scale, shift, parameters)
+    *given, _, parameters = inputs  # the shortcut's gradient needs no shortcut
+    ctx.save_for_backward(output, *given, parameters)
 
 
 def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-    return block_end_backward(grad, *ctx.saved_tensors)
+    _, _, mean, rstd, weight, _, _ = ctx.saved_tensors
+    grad_x, of_scale, of_shift, grad_shortcut, others = block_end_backward(grad, *ctx.saved_tensors)
+    of_scale = of_scale - mean * of_shift  # which the scale changes too
+    return (
+        grad_x,
+        -rstd * weight * of_shift,
+        of_scale * weight,
+        of_scale * rstd,
+        of_shift,
+        grad_shortcut,
+        others,
+    )
 
 
 block_end.register_autograd(_differentiate, setup_context=_remember)

@@ -20,9 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORWARD_WARPS, BACKWARD_WARPS = 8, 4
-FORWARD = 8192  # elements of x in one program: 32 registers a thread
-BACKWARD = 1024  # fewer: parameters and the sums of their gradients take eight times as many registers
+# By channels, rows and warps of a program, and backward programs a processor: of some twenty shapes each the
+# quickest at a block's end on one H200 (Triton 3.6). Others take up to ten times as long, by no rule found.
+FORWARD = {64: (64, 4), 128: (64, 8), 256: (32, 16), 512: (8, 4), 1024: (8, 4), 2048: (8, 4)}
+BACKWARD = {64: (16, 8, 2), 128: (8, 8, 2), 256: (8, 16, 1), 512: (2, 4, 2), 1024: (1, 4, 2), 2048: (1, 8, 1)}
+FORWARD_ELEMENTS = 8192  # of x in one program, for other channels
+BACKWARD_ELEMENTS = (
+    1024  # fewer: parameters and the sums of their gradients take many times as many registers
+)
 MOST_ROWS = 256  # of few channels, so that the grid is not too small
 
 logger = logging.getLogger(__name__)
@@ -105,11 +110,20 @@ def _store(sums, at, width: tl.constexpr):
 
 
 @triton.jit
+def _affine(mean, rstd, weight, bias):
+    """Scale and shift of BatchNorm."""
+    scale = tl.load(weight).to(tl.float32) * tl.load(rstd).to(tl.float32)
+    return scale, tl.load(bias).to(tl.float32) - tl.load(mean).to(tl.float32) * scale
+
+
+@triton.jit
 def forward_kernel(
     x,
     parameters,
-    scale,
-    shift,
+    mean,
+    rstd,
+    weight,
+    bias,
     shortcut,
     out,
     count,
@@ -123,7 +137,8 @@ def forward_kernel(
     at, inside = row * channels + column, row < count
     h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
     if end:
-        h = h * tl.load(scale + column) + tl.load(shift + column)
+        scale, shift = _affine(mean + column, rstd + column, weight + column, bias + column)
+        h = h * scale + shift
     y = h * _climb(h, levels, rows, channels)
     if end:
         y += tl.load(shortcut + at, mask=inside, other=0).to(tl.float32)
@@ -137,8 +152,10 @@ def backward_kernel(
     out,
     x,
     parameters,
-    scale,
-    shift,
+    mean,
+    rstd,
+    weight,
+    bias,
     grad_x,
     grad_shortcut,
     sums,
@@ -157,7 +174,7 @@ def backward_kernel(
     next_grad = tl.load(grad + row * channels + column, mask=row < count, other=0)
     if end:
         next_out = tl.load(out + row * channels + column, mask=row < count, other=0)
-        factor, summand = tl.load(scale + column), tl.load(shift + column)
+        scale, shift = _affine(mean + column, rstd + column, weight + column, bias + column)
         scales, shifts = tl.zeros((rows, channels), tl.float32), tl.zeros((rows, channels), tl.float32)
     # The next block is fetched while one is computed, by hand: Triton's own pipelining takes another layout,
     # in which every level goes through shared memory and registers spill.
@@ -168,7 +185,7 @@ def backward_kernel(
             g = tl.where(next_out <= 0, 0.0, g)
             tl.store(grad_shortcut + at, g, mask=inside)
             given = h
-            h = h * factor + summand
+            h = h * scale + shift
         row += programs * rows
         next_x = tl.load(x + row * channels + column, mask=row < count, other=0)
         next_grad = tl.load(grad + row * channels + column, mask=row < count, other=0)
@@ -180,7 +197,7 @@ def backward_kernel(
         if end:
             scales += below * given
             shifts += below
-            below *= factor
+            below *= scale
         tl.store(grad_x + at, below, mask=inside)
     if end:
         sums += program * (6 * channels - 5)
@@ -191,18 +208,23 @@ def backward_kernel(
         _store(total, sums + program * (4 * channels - 5), channels)
 
 
+def _forward_shape(channels: int) -> tuple[int, int]:
+    """Rows and warps of a program."""
+    return FORWARD.get(channels) or (_rows(channels, FORWARD_ELEMENTS), _warps(channels, 8))
+
+
+def _backward_shape(channels: int) -> tuple[int, int, int]:
+    """Rows and warps of a program, and how many fit a processor's registers at once."""
+    rows, warps = _rows(channels, BACKWARD_ELEMENTS), _warps(channels, 4)
+    return BACKWARD.get(channels) or (rows, warps, 3 if channels < 64 else 1)
+
+
 def _rows(channels: int, elements: int) -> int:
-    """Pixels of one program."""
     return max(1, min(elements // channels, MOST_ROWS))
 
 
 def _warps(channels: int, least: int) -> int:
     return min(max(least, channels // 256), 32)
-
-
-def _programs(channels: int, end: bool) -> int:
-    """Backward programs whose registers fit a processor at once: 65536 of them, 128 to 244 a thread."""
-    return 3 if channels <= (64 if end else 256) else 2 if channels <= 1024 else 1
 
 
 @cache
@@ -228,20 +250,29 @@ def backward(grad: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tenso
     return grad_x, sums.sum(0).to(parameters.dtype)
 
 
-def end_forward(x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor) -> Tensor:
+def end_forward(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor, parameters: Tensor
+) -> Tensor:
     """`tamzoo.block_end.block_end` of a channels_last x."""
-    return _forward(x, parameters, scale.float(), shift.float(), _channels_last(shortcut))
+    return _forward(x, parameters, mean, rstd, weight, bias, _channels_last(shortcut))
 
 
 def end_backward(
-    grad: Tensor, out: Tensor, x: Tensor, scale: Tensor, shift: Tensor, parameters: Tensor
+    grad: Tensor,
+    out: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    parameters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`tamzoo.block_end.block_end_backward` of a channels_last x."""
     grad_shortcut, channels = torch.empty_like(out), x.shape[1]
-    grad_x, sums = _backward(grad, x, parameters, out, scale.float(), shift.float(), grad_shortcut)
+    grad_x, sums = _backward(grad, x, parameters, out, mean, rstd, weight, bias, grad_shortcut)
     parts = sums.split([channels, channels, len(parameters)], dim=1)  # results of operators share no memory
     grad_scale, grad_shift, others = (part.sum(0) for part in parts)
-    grad_scale, grad_shift = grad_scale.to(scale.dtype), grad_shift.to(shift.dtype)
+    grad_scale, grad_shift = grad_scale.to(mean.dtype), grad_shift.to(mean.dtype)
     return grad_x, grad_scale, grad_shift, grad_shortcut, others.to(parameters.dtype)
 
 
@@ -250,35 +281,35 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, parameters: Tensor, *end: Tensor) -> Tensor:
-    """Of the product; with scale, shift and shortcut, of a block's end."""
+    """Of the product; with mean, rstd, weight, bias and shortcut, of a block's end."""
     (n, channels, h, w), x = x.shape, _channels_last(x)
-    out, rows = torch.empty_like(x), _rows(channels, FORWARD)
+    out, (rows, warps) = torch.empty_like(x), _forward_shape(channels)
     with torch.cuda.device_of(x):
         forward_kernel[triton.cdiv(n * h * w, rows),](
             x,
             parameters.float(),
-            *(end or (x, x, x)),
+            *(end or (x, x, x, x, x)),
             out,
             n * h * w,
             rows,
             channels,
             bool(end),
-            num_warps=_warps(channels, FORWARD_WARPS),
+            num_warps=warps,
         )
     return out
 
 
 def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the product; with the result, scale, shift and where to write the shortcut's gradient, of an end.
+    """Of the product; of an end, with its result, mean, rstd, weight, bias and where to write the shortcut's.
 
     Returns:
         The gradient of x; a row a program, of those of scale and shift, where there are any, and parameters.
     """
     (n, channels, h, w), x, grad = x.shape, _channels_last(x), _channels_last(grad)
-    out, scale, shift, grad_shortcut = end or (x, x, x, x)
-    grad_x, rows = torch.empty_like(x), _rows(channels, BACKWARD)
+    out, *parts, grad_shortcut = end or (x, x, x, x, x, x)
+    grad_x, (rows, warps, at_once) = torch.empty_like(x), _backward_shape(channels)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = min(_programs(channels, bool(end)) * processors, triton.cdiv(n * h * w, rows))
+    programs = min(at_once * processors, triton.cdiv(n * h * w, rows))
     sums = torch.empty(programs, 4 * channels - 5 + 2 * channels * bool(end), device=x.device)
     with torch.cuda.device_of(x):
         backward_kernel[programs,](
@@ -286,8 +317,7 @@ def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tupl
             out,
             x,
             parameters.float(),
-            scale,
-            shift,
+            *parts,
             grad_x,
             grad_shortcut,
             sums,
@@ -296,6 +326,6 @@ def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tupl
             rows,
             channels,
             bool(end),
-            num_warps=_warps(channels, BACKWARD_WARPS),
+            num_warps=warps,
         )
     return grad_x, sums

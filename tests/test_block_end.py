@@ -85,8 +85,8 @@ def test_a_joined_block_keeps_nothing_for_the_gate(compiled):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of opcheck's own copies
 def test_operators_keep_torchs_rules():
     x, shortcut = noise(2, 8, 3, 3).requires_grad_(), noise(2, 8, 3, 3, seed=2).requires_grad_()
-    scale, shift, parameters = (torch.rand(n, requires_grad=True) for n in (8, 8, 27))
-    torch.library.opcheck(block_end.block_end, (x, scale, shift, shortcut, parameters))
+    *parts, parameters = (torch.rand(n, requires_grad=True) for n in (8, 8, 8, 8, 27))
+    torch.library.opcheck(block_end.block_end, (x, *parts, shortcut, parameters))
 
 
 @needs_compiler

@@ -40,17 +40,27 @@ def far_from_zero(x: Tensor) -> Tensor:
     return 4 * torch.randn_like(x).sign()
 
 
-def end_by_layers(
-    x: Tensor, scale: Tensor, shift: Tensor, shortcut: Tensor, parameters: Tensor, grad: Tensor
-) -> list[Tensor]:
-    """What leaves a block and its gradients by torch's own layers."""
-    tree = TAM(x.shape[1], dtype=x.dtype).tree
-    vector_to_parameters(parameters.detach(), tree.parameters())
-    given = [tensor.detach().requires_grad_() for tensor in (x, scale, shift, shortcut)]
-    h = given[0] * given[1][:, None, None] + given[2][:, None, None]
-    out = torch.relu(h * torch.sigmoid(tree(h)) + given[3])
+def end_by_layers(given: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """What leaves a block and its gradients by torch's own layers, from what `block_end` is given."""
+    tree = TAM(given[0].shape[1], dtype=grad.dtype).tree
+    vector_to_parameters(given[-1].detach(), tree.parameters())
+    x, *parts, shortcut = given = [tensor.detach().requires_grad_() for tensor in given[:-1]]
+    mean, rstd, weight, bias = (part[:, None, None] for part in parts)
+    h = (x - mean) * rstd * weight + bias
+    out = torch.relu(h * torch.sigmoid(tree(h)) + shortcut)
     found = torch.autograd.grad(out, [*given, *tree.parameters()], grad)
-    return [out, *found[:4], torch.cat([other.flatten() for other in found[4:]])]
+    return [out, *found[:6], torch.cat([other.flatten() for other in found[6:]])]
+
+
+def end_given(channels: int, n: int, h: int, w: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Noise that `block_end` takes, and a gradient of its result."""
+    torch.manual_seed(channels)
+    x, grad = (torch.randn(n, channels, h, w).to(dtype) for _ in range(2))
+    shortcut = far_from_zero(x)
+    mean, bias = torch.randn(channels), torch.randn(channels)
+    rstd, weight = torch.rand(channels) + 0.5, torch.rand(channels) + 0.5
+    x = x.contiguous(memory_format=torch.channels_last)
+    return [x, mean, rstd, weight, bias, shortcut, 0.7 * torch.randn(4 * channels - 5)], grad
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreted process")
@@ -91,29 +101,31 @@ def test_product_and_gradients_are_close_to_float64(channels, n, h, w, dtype, to
 def test_end_and_gradients_are_close_to_float64(channels, n, h, w, dtype, tolerance):
     from tamzoo import tree_triton
 
-    torch.manual_seed(channels)
-    x, grad = (torch.randn(n, channels, h, w).to(dtype) for _ in range(2))
-    shortcut = far_from_zero(x)
-    x = x.contiguous(memory_format=torch.channels_last)
-    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
-    parameters = 0.7 * torch.randn(4 * channels - 5)
-    out = tree_triton.end_forward(x, scale, shift, shortcut, parameters)
-    found = out, *tree_triton.end_backward(grad, out, x, scale, shift, parameters)
-    given = [tensor.double() for tensor in (x, scale, shift, shortcut, parameters, grad)]
-    for one, other in zip(found, end_by_layers(*given), strict=True):
+    given, grad = end_given(channels, n, h, w, dtype)
+    x, mean, rstd, weight, bias, _, parameters = given
+    out = tree_triton.end_forward(*given)
+    backward = tree_triton.end_backward(grad, out, x, mean, rstd, weight, bias, parameters)
+    grad_x, grad_scale, grad_shift, grad_shortcut, others = backward
+    wanted = end_by_layers([tensor.double() for tensor in given], grad.double())
+    wanted_out, wanted_x, _, _, wanted_weight, wanted_bias, wanted_shortcut, wanted_others = wanted
+    # the scale is rstd * weight, the shift bias - mean * scale
+    of_weight = (grad_scale.double() - mean * grad_shift.double()) * rstd
+    pairs = [(out, wanted_out), (grad_x, wanted_x), (of_weight, wanted_weight), (grad_shift, wanted_bias)]
+    for one, other in [*pairs, (grad_shortcut, wanted_shortcut), (others, wanted_others)]:
         assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
-    wanted = [dtype, dtype, torch.float32, torch.float32, dtype, torch.float32]
-    assert [tensor.dtype for tensor in found] == wanted
+    found = [out, *backward]
+    wanted_types = [dtype, dtype, torch.float32, torch.float32, dtype, torch.float32]
+    assert [tensor.dtype for tensor in found] == wanted_types
     assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == len(found)
-    assert out.stride() == found[1].stride() == found[4].stride() == x.stride()
+    assert out.stride() == grad_x.stride() == grad_shortcut.stride() == x.stride()
 
 
 @interpreted
 def test_end_keeps_numbers_that_are_not_finite():
     from tamzoo import tree_triton
 
-    x = torch.full((1, 2, 1, 1), float("nan"))
-    out = tree_triton.end_forward(x, torch.ones(2), torch.ones(2), torch.ones_like(x), torch.ones(3))
+    x, ones = torch.full((1, 2, 1, 1), float("nan")), torch.ones(2)
+    out = tree_triton.end_forward(x, ones, ones, ones, ones, torch.ones_like(x), torch.ones(3))
     assert out.isnan().all()
 
 
@@ -140,12 +152,8 @@ def test_gpu_is_close_to_float64(channels, dtype, tolerance):
 def test_gpu_end_is_close_to_float64(channels, dtype, tolerance):
     from tamzoo.block_end import block_end
 
-    torch.manual_seed(channels)
-    x, grad = (torch.randn(3, channels, 7, 9).to(dtype) for _ in range(2))
-    shortcut = far_from_zero(x)
-    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
-    given = [x, scale, shift, shortcut, 0.7 * torch.randn(4 * channels - 5)]
-    wanted = end_by_layers(*(tensor.double() for tensor in given), grad.double())
+    given, grad = end_given(channels, 3, 7, 9, dtype)
+    wanted = end_by_layers([tensor.double() for tensor in given], grad.double())
     here = [tensor.cuda().requires_grad_() for tensor in given]
     out = block_end(*here)
     for one, other in zip([out, *torch.autograd.grad(out, here, grad.cuda())], wanted, strict=True):
