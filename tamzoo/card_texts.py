@@ -129,13 +129,14 @@ $gates
 $citation
 """)
 
+UNCLAIMED = "**Not trained.** There are no weights for this entry, and nothing is claimed about its accuracy."
 UNTRAINED = Template("""\
 ---
 $front
 ---
 # $name
 
-**Not trained.** There are no weights for this entry, and nothing is claimed about its accuracy.
+$claim
 
 $what Set up for $dataset; one of the models of
 [$source](https://github.com/$source), an implementation of [$paper]($paper_url).

@@ -14,6 +14,7 @@ from tamzoo.card_texts import (
     PAPER_URL,
     SOURCE,
     TRAINED,
+    UNCLAIMED,
     UNTRAINED,
     table,
 )
@@ -25,17 +26,22 @@ from tamzoo.records import GateStats, Record
 
 
 def render_card(
-    entry: Entry, record: Record | None = None, owner: str = OWNER, analysis: Analysis | None = None
+    entry: Entry,
+    record: Record | None = None,
+    owner: str = OWNER,
+    analysis: Analysis | None = None,
+    run: Record | None = None,
 ) -> str:
     """The README.md of an entry's Hub repository.
 
     Args:
         record: Of the weights; None renders the card of an entry without.
         analysis: Of the weights, where it was made: its pictures lie beside the card.
+        run: Of an entry without weights: the record of one whose weights were not kept, if any.
     Raises:
-        ValueError: the record or the analysis is of another entry.
+        ValueError: the record, the analysis or the run is of another entry.
     """
-    for what, found in (("record", record), ("analysis", analysis)):
+    for what, found in (("record", record), ("analysis", analysis), ("run", run)):
         if found is not None and found.entry != entry.name:
             raise ValueError(f"{entry.name}: the {what} is of {found.entry}")
     texts: dict[str, Any] = {
@@ -50,7 +56,9 @@ def render_card(
         "citation": CITATION,
     }
     if record is None:
-        return UNTRAINED.substitute(texts, cell=_paper_text(entry))
+        how = f"\n## How it was trained\n\n{training(run)}\n" if run else ""
+        claim = _score(run) if run else UNCLAIMED
+        return UNTRAINED.substitute(texts, claim=claim, cell=_paper_text(entry) + how)
     c, h, w = entry.dataset.input_size
     theirs = "; the paper's errors are of its best test epoch" if entry.paper else ""
     note = f" ({record.score.data_note})" if record.score.data_note else ""
@@ -106,6 +114,14 @@ def _paper_text(entry: Entry) -> str:
     return (
         f"\nFor this row the paper's Table {cell.table} reports an error of {_percent(cell.top1_error)} "
         f"(top-1){top5}, of the best test epoch. That is the paper's number, not ours.\n"
+    )
+
+
+def _score(run: Record) -> str:
+    return (
+        f"**No weights.** It was trained to compare others with, and its weights were not kept: "
+        f"{_percent(run.score.top1_error)} top-1 and {_percent(run.score.top5_error)} top-5 error on "
+        f"{run.score.n:,} test images, {run.selection}."
     )
 
 
@@ -228,10 +244,11 @@ def card_files(
     golden: Sequence[float] | None = None,
     owner: str = OWNER,
     analysis: Analysis | None = None,
+    run: Record | None = None,
 ) -> dict[str, str]:
-    """Every rendered file of an entry's Hub repository, path to text."""
+    """Every rendered file of an entry's Hub repository, path to text; arguments as of `render_card`."""
     files = {
-        "README.md": render_card(entry, record, owner, analysis),
+        "README.md": render_card(entry, record, owner, analysis, run),
         "config.json": config_json(entry, record.gates if record else (), golden),
     }
     if record is not None:

@@ -40,6 +40,12 @@ def stored_analysis(folder: Path) -> Analysis | None:
     return read_analysis(folder / ANALYSIS) if (folder / ANALYSIS).is_file() else None
 
 
+def stored_run(entry: Entry, folder: Path) -> Record | None:
+    """The record of an entry that was trained and has no weights; raises ValueError where it is none."""
+    path = folder / "record.json"
+    return read_record(path) if not entry.trained and path.is_file() else None
+
+
 def _apart(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True)) if len(left) == len(right) else 1e9
 
@@ -64,8 +70,8 @@ def write_cards(
         folder = root / entry.name
         record = read_record(folder / "record.json") if entry.trained else None
         golden = _golden(entry, folder) if entry.trained else None
-        analysis = stored_analysis(folder)
-        for path, text in card_files(entry, record, golden, analysis=analysis).items():
+        analysis, run = stored_analysis(folder), stored_run(entry, folder)
+        for path, text in card_files(entry, record, golden, analysis=analysis, run=run).items():
             file = folder / path
             if not file.is_file() or file.read_bytes() != text.encode():
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -87,23 +93,24 @@ def write_cards(
 
 def verify_folder(entry: Entry, folder: Path, owner: str = OWNER) -> list[str]:
     """What is wrong with a folder that should be an entry's; empty where nothing is."""
-    record, analysis, wanted = None, None, ["README.md", "config.json"]
+    wanted = ["README.md", "config.json"]
     if entry.trained:
         wanted += [WEIGHTS, "record.json", "log.csv"]
     missing = [path for path in wanted if not (folder / path).is_file()]
     if missing:
         return [f"{path} is missing" for path in missing]
     problems = []
-    if entry.trained:
-        try:
-            record, analysis = read_record(folder / "record.json"), stored_analysis(folder)
-        except ValueError as error:
-            return [str(error)]
+    try:
+        record = read_record(folder / "record.json") if entry.trained else None
+        analysis, run = stored_analysis(folder), stored_run(entry, folder)
+    except ValueError as error:
+        return [str(error)]
+    if record:
         problems += _check_hashes(entry, folder, record, analysis)
         shown = pictures(record, analysis)
         problems += [f"{path} is missing" for path in shown if not (folder / path).is_file()]
     golden = stored_golden(folder)
-    for path, text in card_files(entry, record, golden, owner, analysis).items():
+    for path, text in card_files(entry, record, golden, owner, analysis, run).items():
         file = folder / path
         if not file.is_file() or file.read_bytes() != text.encode():
             problems.append(f"{path} is not what the catalogue and the record render to")

@@ -20,6 +20,8 @@ class Trained:
 
 _SHA256 = {  # of model.safetensors, by recipe
     "short": {
+        "wrn16_8_tam.cifar100": "9dff65f51736706ff33c6f862fc23db40eeb4d5b63746bdd74f5e37d635deea6",
+        "resnet50_tam.cifar10": "e7a8de22ace2cf91ad8ce10af9a40c4dfcf6aed5124a4d26aa1ea84b5bd12ce6",
         "resnet50_tam.cifar100": "27d891bfb68068c29e47a0a019fd91b0a3b6eb43e4a4d48a8d0c58ad06a0e597",
     },
     "short-cpu": {
@@ -32,12 +34,8 @@ _SHA256 = {  # of model.safetensors, by recipe
         "wrn10_4_cbam.cifar10": "ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
         "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
     },
-    "progressive-cpu": {
-        "wrn16_8_tam.cifar100": "273a3c0ae3de03501256075abf0bf97decc79065de3e699d382884b85b828ec9",
-    },
     "restart-cpu": {
         "resnext50_32x4d_tam.cifar10": "473a6302181ae94d107635968bd3954eafad38221464c396968f1f3cc1d0150a",
-        "resnet50_tam.cifar10": "1c7ba19c0626f8fbf20fd5cf102754bc7d97b318ec2c2ec9e83d72549fcd575e",
         "wrn16_8_tam.cifar10": "7a31102b3f5981ec163213134184578d71ce9659dd4e52b0ff0a23597eeed4ab",
         "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",
     },

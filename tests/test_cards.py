@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg
 from tamzoo import hub
 from tamzoo.cards import card_files, config_json, eval_results, render_card
 from tamzoo.catalogue import ENTRIES
-from tamzoo.verify import stored_analysis, stored_golden, verify_folder, write_cards
+from tamzoo.verify import stored_analysis, stored_golden, stored_run, verify_folder, write_cards
 from tests.hub_server import client_validates_anywhere, running_hub
 from tests.standins import a_record, draw, stand_in
 
@@ -41,7 +41,8 @@ def test_every_stored_card_equals_its_rendering(name):
         from tamzoo.records import read_record
 
         record = read_record(folder / "record.json")
-    files = card_files(ENTRIES[name], record, stored_golden(folder), analysis=stored_analysis(folder))
+    analysis, run = stored_analysis(folder), stored_run(ENTRIES[name], folder)
+    files = card_files(ENTRIES[name], record, stored_golden(folder), analysis=analysis, run=run)
     for path, text in files.items():
         assert (CARDS / name / path).read_bytes() == text.encode()
 
@@ -68,7 +69,7 @@ def test_every_card_is_valid_on_the_hub(tmp_path, monkeypatch):
             ModelCard(render_card(ENTRIES[name], a_record(ENTRIES[name]))).validate()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in TRAINED])
+@pytest.mark.parametrize("name", [name for name in NAMES if not (CARDS / name / "record.json").exists()])
 def test_an_untrained_card_says_so_first_and_claims_nothing(name):
     text = (CARDS / name / "README.md").read_text()
     body = text.split("---\n", 2)[2]
@@ -77,6 +78,23 @@ def test_an_untrained_card_says_so_first_and_claims_nothing(name):
     assert "untrained" in front["tags"]
     assert not {"model-index", "metrics", "datasets"} & front.keys()
     assert "pretrained=True" not in text and "hf-hub:" not in text
+
+
+def test_a_card_without_weights_tells_of_the_run_that_had_some(tmp_path):
+    entry = ENTRIES["resnet50_se.cifar10"]
+    folder, run = tmp_path / entry.name, a_record(entry)
+    write_cards(tmp_path, [entry])
+    (folder / "record.json").write_text(run.to_json())
+    assert verify_folder(entry, folder) == ["README.md is not what the catalogue and the record render to"]
+    assert write_cards(tmp_path, [entry]) == [folder / "README.md"] and verify_folder(entry, folder) == []
+    text = (folder / "README.md").read_text()
+    body = text.split("---\n", 2)[2]
+    assert body.split("\n\n")[1].startswith("**No weights.**") and "5.25 % top-1 and 0.25 % top-5" in body
+    assert f"tamzoo train {entry.name} --recipe short --epochs 30" in body and "pretrained=True" not in text
+    (folder / "record.json").write_text("{}")
+    assert "expected a training record" in verify_folder(entry, folder)[0]
+    with pytest.raises(ValueError, match="the run is of"):
+        render_card(ENTRIES["resnet50_se.cifar100"], run=run)
 
 
 @pytest.mark.parametrize("name", ["resnet50_cbam.cifar100", "wrn16_8_tam.svhn", "wrn10_4_tam.cifar10"])
