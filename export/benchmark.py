@@ -168,7 +168,8 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
 
     Raises:
         ValueError: no such device, none that has CUDA graphs, or counts below their least.
-        RuntimeError: a variant's process died; its own message is on stderr.
+        RuntimeError: the first variant's process died, or another's once it had begun; its own message is on
+            stderr. One that cannot begin is left out.
     """
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: torch {torch.__version__} finds no CUDA device here")
@@ -194,20 +195,25 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
         pipes[variant].send(order)
         return answer(variant)
 
+    first, ready = options.variants[0], []
     for variant in options.variants:
-        answer(variant)
+        try:
+            answer(variant)
+            ready.append(variant)
+        except RuntimeError as error:
+            if variant == first:
+                raise
+            print(f"{variant}: left out: {error}", file=sys.stderr)
 
-    rounds = [
-        {v: ask(v, "seconds") for v in options.variants} for _ in range(options.warmup + options.rounds)
-    ]
-    rounds, first = rounds[options.warmup :], options.variants[0]
+    rounds = [{v: ask(v, "seconds") for v in ready} for _ in range(options.warmup + options.rounds)]
+    rounds = rounds[options.warmup :]
     rows: list[tuple] = [COLUMNS]
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else ""
     peak = next((flops for key, flops in DENSE_PEAK.items() if key in name), None)
     work = ask(first, "flops") if peak else 0.0  # attentions add next to none
-    memory = {variant: ask(variant, "peak_bytes") for variant in options.variants}
-    kernels = {variant: ask(variant, "kernels") for variant in options.variants if options.kernels}
-    for variant in options.variants:
+    memory = {variant: ask(variant, "peak_bytes") for variant in ready}
+    kernels = {variant: ask(variant, "kernels") for variant in ready if options.kernels}
+    for variant in ready:
         seconds = statistics.median(times[variant] for times in rounds)
         ratio = statistics.median(times[variant] / times[first] for times in rounds)
         told = (1e3 * seconds, ratio, options.batch / seconds, memory[variant] / 2**20)

@@ -32,8 +32,8 @@ Budget = Annotated[
 Compile = Annotated[
     Literal["no", "model", "blocks"] | None,
     typer.Option(
-        help="What torch.compile makes: one graph, or one a kind of block, which starts sooner (default: "
-        "model on CUDA)."
+        help="What torch.compile makes: one graph, or one a kind of block, which starts sooner (default: on "
+        "CUDA, blocks with --cuda-graph and model without)."
     ),
 ]
 sweep = typer.Typer(no_args_is_help=True, help="Train one model with several values of a setting.")
@@ -57,8 +57,9 @@ def train(
     ] = "*",
     compile: Compile = None,
     cuda_graph: Annotated[
-        bool, typer.Option(help="Replay a captured step, in one launch; on one process on CUDA.")
-    ] = False,
+        bool | None,
+        typer.Option(help="Replay a captured step, in one launch (default: on one process on CUDA)."),
+    ] = None,
     join_ends: Annotated[
         bool,
         typer.Option(help="BatchNorm, TAM, sum and ReLU of a block in one kernel; on one process on CUDA."),

@@ -31,8 +31,8 @@ class Order:
     seed: int = 0
     precision: str | None = None  # None: bfloat16 on CUDA, float32 on CPUs
     resume: bool = False
-    compiled: Compiled | None = None  # None: "model" on CUDA
-    cuda_graph: bool = False  # replay a captured step
+    compiled: Compiled | None = None  # None: as `train.how_on` chooses; cuda_graph too
+    cuda_graph: bool | None = None  # replay a captured step
     joined: bool = False  # the ends of blocks as one operation
     model_args: dict[str, Any] = field(default_factory=dict)  # beyond the entry's own
     start: Path | None = None  # folder of the finished run whose weights training begins with

@@ -32,6 +32,17 @@ STEPS_PER_LOOK = 8  # between two looks at the loss on CUDA, and at the clock wh
 logger = logging.getLogger(__name__)
 
 
+def how_on(world: World, compiled: Compiled | None, cuda_graph: bool | None) -> tuple[Compiled, bool]:
+    """What is left open of how a step runs, chosen: on one GPU it is replayed, on several only compiled.
+
+    A replay waits for no Python, so blocks, which compile sooner, lose nothing to one graph of the model.
+    """
+    cuda = world.device.type == "cuda"
+    if cuda_graph is None:
+        cuda_graph = cuda and world.size == 1
+    return compiled or ("no" if not cuda else "blocks" if cuda_graph else "model"), cuda_graph
+
+
 class Run:
     """One training run in one folder: run.json, log.csv and snapshots.
 
@@ -42,7 +53,7 @@ class Run:
         out: Folder of the run; made where missing.
         precision: "float32", or "bfloat16" for autocast.
         resume: Go on with the run in the folder, where there is one.
-        compiled: As of `Learner`, cuda_graph and joined too; by default "model" on CUDA.
+        compiled: As of `Learner`, cuda_graph and joined too; by default as `how_on` chooses.
         snapshot_seconds: Between two snapshots.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own: {"group_size": 4}.
@@ -64,7 +75,7 @@ class Run:
         precision: str,
         resume: bool = False,
         compiled: Compiled | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
         joined: bool = False,
         snapshot_seconds: float = 60.0,
         world: World | None = None,
@@ -92,7 +103,7 @@ class Run:
             raise ValueError(
                 f"the last batch of an epoch has {last} images, too few for {self.world.size} processes"
             )
-        compiled = compiled or ("model" if self.device.type == "cuda" else "no")
+        compiled, cuda_graph = how_on(self.world, compiled, cuda_graph)
         self.learner = Learner(
             entry,
             recipe,

@@ -138,6 +138,35 @@ def test_a_training_process_that_dies_ends_the_benchmark():
     assert done.returncode == 2 and "the process of plain died; what it said is above" in done.stderr
 
 
+def test_a_variant_that_cannot_begin_is_left_out():
+    command = [
+        sys.executable,
+        "-m",
+        "export.benchmark",
+        "train",
+        "--model",
+        "wrn10_4",
+        "--batch",
+        "2",
+        "--csv",
+    ]
+    command += [
+        "--rounds",
+        "1",
+        "--warmup",
+        "0",
+        "--device",
+        "cpu",
+        "--variants",
+        "plain",
+        "tam-joined",
+        "tam",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "tam-joined: left out: the process of tam-joined died" in done.stderr
+    assert [row.split(",")[0] for row in done.stdout.splitlines()] == ["variant", "plain", "tam"]
+
+
 def test_the_gate_is_timed_beside_a_copy(monkeypatch, capsys):
     def timed(programs, rounds):
         for work in programs.values():

@@ -32,6 +32,7 @@ from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
+from tamzoo.train import how_on
 from tamzoo.weights import Trained
 from tests.standins import a_record, full_disk
 from tests.tiny_runs import ENTRY, RECIPE, random_split, tiny_run
@@ -513,6 +514,13 @@ def test_compiled_by_blocks_a_run_learns_the_same(tmp_path, monkeypatch, ema_dec
     assert counter.frame_count == kinds * sizes
     for name, tensor in runs[1].learner.state().items():
         torch.testing.assert_close(tensor, runs[0].learner.state()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_is_replayed_on_one_gpu_unless_asked_otherwise():
+    one, two = World(device=torch.device("cuda")), World(device=torch.device("cuda"), size=2)
+    assert how_on(CPU, None, None) == ("no", False)
+    assert how_on(one, None, None) == ("blocks", True) and how_on(two, None, None) == ("model", False)
+    assert how_on(one, None, False) == ("model", False) and how_on(one, "model", None) == ("model", True)
 
 
 @pytest.mark.parametrize("order", [Order(cuda_graph=True), Order(joined=True)])
