@@ -25,9 +25,7 @@ from torch import Tensor
 FORWARD = {64: (64, 4), 128: (64, 8), 256: (32, 16), 512: (8, 4), 1024: (8, 4), 2048: (8, 4)}
 BACKWARD = {64: (16, 8, 2), 128: (8, 8, 2), 256: (8, 16, 1), 512: (2, 4, 2), 1024: (1, 4, 2), 2048: (1, 8, 1)}
 FORWARD_ELEMENTS = 8192  # of x in one program, for other channels
-BACKWARD_ELEMENTS = (
-    1024  # fewer: parameters and the sums of their gradients take many times as many registers
-)
+BACKWARD_ELEMENTS = 1024  # fewer: parameters and the sums of their gradients need registers too
 MOST_ROWS = 256  # of few channels, so that the grid is not too small
 
 logger = logging.getLogger(__name__)
