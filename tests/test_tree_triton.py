@@ -77,6 +77,31 @@ def test_kernels_pass_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreted process")
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("channels", [2, 256])
+def test_kernels_compile_for_a_gpu_that_is_not_here(channels, end):
+    """What the interpreter does not see; for a Hopper GPU, as torch.compile's bfloat16 step launches them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tamzoo import tree_triton
+
+    rounded = {"x", "grad", "out", "shortcut", "grad_x", "grad_shortcut"}
+    forward, backward = tree_triton._forward_shape(channels), tree_triton._backward_shape(channels)
+    for kernel, (rows, warps, *_) in (
+        (tree_triton.forward_kernel, forward),
+        (tree_triton.backward_kernel, backward),
+    ):
+        fixed = {"rows": rows, "channels": channels, "end": end}
+        kinds = {name: "*bf16" if name in rounded else "*fp32" for name in kernel.arg_names}
+        kinds |= dict.fromkeys(("count", "programs"), "i32") | dict.fromkeys(fixed, "constexpr")
+        source = ASTSource(kernel, {name: kinds[name] for name in kernel.arg_names}, fixed)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert made.asm["cubin"]
+
+
 @interpreted
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize(("channels", "n", "h", "w"), SHAPES)
