@@ -50,7 +50,7 @@ def train(
     time_budget: Budget = float("inf"),
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out, or start it.")] = False,
     queue: Annotated[
-        bool, typer.Option(help="The next entries without weights of the recipe, each resumed.")
+        bool, typer.Option(help="The next entries that the recipe has not trained, each resumed.")
     ] = False,
     only: Annotated[
         str, typer.Option(help="With --queue: pattern of names, for instance '*_tam.cifar*'.")

@@ -14,6 +14,7 @@ from tamzoo.checkpoint import read_finished
 from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.finish import finish
+from tamzoo.hub import CARDS
 from tamzoo.journal import check_same_run, identity
 from tamzoo.learner import Compiled
 from tamzoo.progress import Voice
@@ -44,10 +45,10 @@ class Order:
 
 
 def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | None = None) -> list[str]:
-    """Entries without weights of a recipe, in the catalogue's order of training.
+    """Entries that a recipe has not trained, in the catalogue's order of training.
 
     Args:
-        out: Folder of the queue's runs; an entry with a record of the recipe in its folder there has weights.
+        out: Folder of the queue's runs; an entry with a record of the recipe in its folder there is trained.
         recipe: As in `recipe_for`; an entry that was trained by another one, on a CPU say, waits too.
         only: Pattern of names, as of files.
         world: The processes that train together; the first one looks at the folder.
@@ -65,8 +66,11 @@ def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | No
 
 
 def _trained_by(entry: Entry, recipe: str) -> bool:
+    """Whether the zoo has weights of it, or a record of a run to compare with."""
     wanted = recipe_for(recipe, entry.dataset.tag).name
-    return entry.trained is not None and entry.trained.recipe == wanted
+    if entry.trained:
+        return entry.trained.recipe == wanted
+    return CARDS is not None and _finished_by(CARDS / entry.name, entry, recipe)
 
 
 def _finished_by(folder: Path, entry: Entry, recipe: str) -> bool:
