@@ -1,6 +1,8 @@
 """Measures the gate's product alone: `python -m export.benchmark gate`, beside a copy of its input.
 
-A copy reads and writes a tensor once, as the product must; its gradient reads two and writes one.
+A copy reads and writes a tensor once, as the product must; its gradient reads two and writes one. With
+`--end`, what `--join-ends` makes of a block's end, which reads two and writes one; its gradient reads three
+and writes two.
 """
 
 import argparse
@@ -10,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tamzoo.block_end import block_end, block_end_backward
 from tamzoo.latency import time_in_turns
 from tamzoo.learner import PRECISIONS
 from tamzoo.tree import gate_product, gate_product_backward
@@ -17,6 +20,7 @@ from tamzoo.tree import gate_product, gate_product_backward
 COLUMNS = ("channels", "copy GB/s", "forward ms", "of a copy's rate", "backward ms", "of a copy's rate")
 CALLS = 10  # before a wait for the device, which share what starting and waiting cost
 PASSES = {"copy": 2, "forward": 2, "backward": 3}  # over a tensor of x's size
+END_PASSES = {"copy": 2, "forward": 3, "backward": 5}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -32,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=PRECISIONS, default="bfloat16" if cuda else "float32")
     command.add_argument("--device", default="cuda" if cuda else "cpu")
     command.add_argument("--rounds", type=int, default=20)
+    command.add_argument("--end", action="store_true", help="with what is around it at a block's end")
 
 
 def rates(channels: int, options: argparse.Namespace) -> tuple[float, ...]:
@@ -48,16 +53,20 @@ def rates(channels: int, options: argparse.Namespace) -> tuple[float, ...]:
         torch.randn(1, channels, pixels, 1, **made).to(memory_format=torch.channels_last) for _ in "123"
     )
     parameters = 0.7 * torch.randn(4 * channels - 5, device=device)
+    parts = [torch.rand(channels, device=device) for _ in ("mean", "rstd", "weight", "bias")]
     works: dict[str, Callable[[], object]] = {
         "copy": partial(out.copy_, x),
         "forward": partial(gate_product, x, parameters),
         "backward": partial(gate_product_backward, grad, x, parameters),
     }
+    if options.end:
+        works["forward"] = partial(block_end, x, *parts, grad, parameters)
+        works["backward"] = partial(block_end_backward, grad, out, x, *parts, parameters)
     times = time_in_turns({name: partial(_often, work, x) for name, work in works.items()}, options.rounds)
-    copy, *others = times
-    told = [channels, PASSES["copy"] * x.nbytes * CALLS / copy.median_ms / 1e6]
+    (copy, *others), passes = times, END_PASSES if options.end else PASSES
+    told = [channels, passes["copy"] * x.nbytes * CALLS / copy.median_ms / 1e6]
     for row in others:
-        told += [row.median_ms / CALLS, PASSES[row.name] / PASSES["copy"] / row.ratio]
+        told += [row.median_ms / CALLS, passes[row.name] / passes["copy"] / row.ratio]
     return tuple(told)
 
 

@@ -167,7 +167,11 @@ def test_a_variant_that_cannot_begin_is_left_out():
     assert [row.split(",")[0] for row in done.stdout.splitlines()] == ["variant", "plain", "tam"]
 
 
-def test_the_gate_is_timed_beside_a_copy(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("option", "forward", "backward"),
+    [("", 0.5, 0.5), ("--end", 0.75, 0.833)],  # two and three, or three and five passes beside a copy's two
+)
+def test_the_gate_is_timed_beside_a_copy(monkeypatch, capsys, option, forward, backward):
     def timed(programs, rounds):
         for work in programs.values():
             work()
@@ -178,12 +182,11 @@ def test_the_gate_is_timed_beside_a_copy(monkeypatch, capsys):
 
     monkeypatch.setattr("export.benchmark_gate.time_in_turns", timed)
     options = "--channels 4 64 --elements 81920 --rounds 3 --device cpu --precision float32"
-    monkeypatch.setattr(sys, "argv", ["benchmark", "gate", *options.split()])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "gate", *options.split(), *option.split()])
     benchmark.main()
     told, columns, *rows = capsys.readouterr().out.splitlines()
     assert "elements=81920" in told and columns.split()[:2] == ["channels", "copy"]
-    # 655,360 bytes in 0.1 ms; the product moves as many in 0.2, its gradient half as many again in 0.3
-    wanted = [6.554, 0.2, 0.5, 0.3, 0.5]
+    wanted = [6.554, 0.2, forward, 0.3, backward]  # 655,360 bytes in 0.1 ms
     assert [[float(cell) for cell in row.split()] for row in rows] == [[4, *wanted], [64, *wanted]]
 
 
