@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 # By channels, rows and warps of a program, and backward programs a processor: of some twenty shapes each the
-# quickest at a block's end on one H200 (Triton 3.6). Others take up to ten times as long, by no rule found.
+# quickest at a block's end on one H200 (Triton 3.6). Others take up to 29 times as long, by no rule found.
 FORWARD = {64: (64, 4), 128: (64, 8), 256: (32, 16), 512: (8, 4), 1024: (8, 4), 2048: (8, 4)}
 BACKWARD = {64: (16, 8, 2), 128: (8, 8, 2), 256: (8, 16, 1), 512: (2, 4, 2), 1024: (1, 4, 2), 2048: (1, 8, 1)}
 FORWARD_ELEMENTS = 8192  # of x in one program, for other channels
