@@ -28,7 +28,8 @@ def training(record: Record) -> str:
         ("repeat", ", then ".join(f"`{command}`" for command in _commands(record))),
     ]
     if record.start:
-        rows.insert(1, ("began with", ", then ".join(map(_earlier, record.start.runs))))
+        earlier = [_earlier(run, record.entry) for run in record.start.runs]
+        rows.insert(1, ("began with", ", then ".join(earlier)))
     return table([("", ""), *rows])
 
 
@@ -46,10 +47,11 @@ def _recipe(record: Record) -> str:
     )
 
 
-def _earlier(record: Record) -> str:
+def _earlier(record: Record, entry: str) -> str:
+    other = f"{record.entry}, without its head: " if record.entry != entry else ""
     return (
-        f"the weights of a run of {_recipe(record)} (top-1 error {record.score.top1_error:.2f} %, commit "
-        f"`{record.commit}`, SHA-256 `{record.sha256}`)"
+        f"the weights of a run of {other}{_recipe(record)} (top-1 error {record.score.top1_error:.2f} %, "
+        f"commit `{record.commit}`, SHA-256 `{record.sha256}`)"
     )
 
 

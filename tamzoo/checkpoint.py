@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tamzoo.records import Record, read_record
 
 WEIGHTS = "model.safetensors"  # in the folder of an entry or of a run, record.json beside it
-ADAPTABLE = {"conv1.weight", "fc.weight", "fc.bias"}  # timm fits them to other channels and classes
+HEAD = {"fc.weight", "fc.bias"}
+ADAPTABLE = {"conv1.weight", *HEAD}  # timm fits them to other channels and classes
 
 
 def sha256_of(path: Path) -> str:
@@ -153,11 +154,12 @@ def read_finished(folder: Path) -> Record:
     return record
 
 
-def load_weights(model: nn.Module, path: Path, name: str) -> None:
+def load_weights(model: nn.Module, path: Path, name: str, *, head: bool = True) -> None:
     """Loads a safetensors file into a model of exactly its shapes.
 
     Args:
         name: What the model is called in a message.
+        head: Whether the file's classifier is loaded too; without it the model keeps its own.
     Raises:
         ValueError: not safetensors, or of another architecture or class count.
     """
@@ -165,6 +167,8 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
     weights = load_file(path)
     check_fit(weights, model, name)
     state = model.state_dict()
+    if not head:
+        weights |= {key: state[key] for key in HEAD}
     for key in sorted(ADAPTABLE & (state.keys() | weights.keys())):
         expected, found = (list(held[key].shape) if key in held else None for held in (state, weights))
         if found != expected:

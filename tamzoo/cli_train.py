@@ -65,7 +65,11 @@ def train(
         typer.Option(help="BatchNorm, TAM, sum and ReLU of a block in one kernel; on one process on CUDA."),
     ] = False,
     initial_checkpoint: Annotated[
-        Path | None, typer.Option(help="Begin with the weights of this finished run of the same entry.")
+        Path | None,
+        typer.Option(
+            help="Begin with the weights of this finished run of the same model; of another data set's, with "
+            "a new head."
+        ),
     ] = None,
 ) -> None:
     """Train an entry or the queue; under torchrun, on several processes."""

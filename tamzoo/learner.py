@@ -44,6 +44,7 @@ class Learner:
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own.
         start: Weights to begin with, in place of random ones.
+        start_head: Whether those of the classifier too; they mean nothing for other classes.
         cuda_graph: Whether whole batches replay a captured step; of one process on CUDA.
         joined: Whether blocks train with their ends as one operation, where they can; of one process.
     Raises:
@@ -61,6 +62,7 @@ class Learner:
         world: World,
         model_args: dict[str, Any] | None = None,
         start: Path | None = None,
+        start_head: bool = True,
         cuda_graph: bool = False,
         joined: bool = False,
     ) -> None:
@@ -73,7 +75,7 @@ class Learner:
         torch.manual_seed(seed)
         self.model = timm.create_model(entry.name, **(model_args or {})).to(world.device)
         if start:
-            load_weights(self.model, start, entry.name)
+            load_weights(self.model, start, entry.name, head=start_head)
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if joined:
             join_ends(self.model)

@@ -91,14 +91,24 @@ class Record:
     start: "Record | None" = None  # of the run whose weights this one began with; None: random ones
 
     @property
+    def model(self) -> str:
+        """timm's architecture name."""
+        return self.entry.partition(".")[0]
+
+    @property
     def runs(self) -> "list[Record]":
         """The runs that made the weights, one on the other's weights, in their order."""
         return [*(self.start.runs if self.start else ()), self]
 
     @property
     def total_epochs(self) -> int:
-        """Of all its runs."""
-        return sum(run.epochs for run in self.runs)
+        """Of all its runs on its own data set."""
+        return sum(run.epochs for run in self.runs if run.entry == self.entry)
+
+    @property
+    def pretraining(self) -> "Record | None":
+        """The last of its runs on another data set, whose head was not taken over."""
+        return next((run for run in reversed(self.runs) if run.entry != self.entry), None)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -20,6 +20,7 @@ FIELDS: tuple[str, ...] = (
     "top5_error",
     "n",
     "epochs",
+    "pretraining",
     "training_minutes",
     "hardware",
     "recipe",
@@ -58,11 +59,13 @@ def result_row(entry: Entry) -> dict[str, object]:
             "paper_flops_g": paper.flops_g,
         }
     if record:
+        before = record.pretraining
         row |= {
             "top1_error": f"{record.score.top1_error:.2f}",
             "top5_error": f"{record.score.top5_error:.2f}",
             "n": record.score.n,
             "epochs": record.total_epochs,
+            "pretraining": before and f"{before.total_epochs} epochs of {before.entry}",
             "training_minutes": round(sum(run.seconds for run in record.runs) / 60),
             "hardware": " + ".join(dict.fromkeys(run.hardware for run in record.runs)),
             "recipe": " + ".join(run.recipe["name"] for run in record.runs),
@@ -96,11 +99,12 @@ def results_markdown() -> str:
     for entry in ENTRIES.values():
         row = result_row(entry)
         if row["top1_error"] is not None:
+            after = f" after {row['pretraining']}" if row["pretraining"] else ""
             cells = (
                 f"`{entry.name}`",
                 f"{row['paper_top1_error']:.2f} %" if entry.paper else "not in the paper",
                 f"{row['top1_error']} %",
-                f"{row['epochs']} epochs, {row['training_minutes']} min, {row['hardware']}",
+                f"{row['epochs']} epochs{after}, {row['training_minutes']} min, {row['hardware']}",
                 f"{row['static_gates']} of {row['gates']}" if row["gates"] else "no gates",
                 f"{row['proven_gates']} of {row['gates']}" if row["gates"] else "",
             )

@@ -183,6 +183,7 @@ def _train_entry(
     )
     ranks = f", {world.size} processes" if world.size > 1 else ""
     start = f", beginning with the weights of {order.start}" if order.start else ""
+    start += ", but for its head" if run.start and run.start.entry != name else ""
     voice.say(
         f"{name}: {recipe.epochs} epochs of recipe {recipe.name}, {precision} on {world.device.type}{ranks}"
         f"{start}, from step {run.step} of {run.steps}"

@@ -57,7 +57,8 @@ class Run:
         snapshot_seconds: Between two snapshots.
         world: The processes that train together.
         model_args: Of the model, beyond the entry's own: {"group_size": 4}.
-        start: Folder of a finished run of the same model, with whose weights this one begins.
+        start: Folder of a finished run of the same model, with whose weights this one begins; where it was of
+            another data set, with a new head.
     Raises:
         ValueError: the folder holds another run, or this one and `resume` is not set; its snapshots are
             damaged; the data cannot be split over the ranks; or `start` is of another model.
@@ -84,10 +85,10 @@ class Run:
     ) -> None:
         self.model_args = model_args or {}
         self.start = read_finished(start) if start else None
-        if self.start and (self.start.entry, self.start.model_args) != (entry.name, self.model_args):
+        if self.start and (self.start.model, self.start.model_args) != (entry.model, self.model_args):
             raise ValueError(
-                f"{start}: expected a run of {entry.name} with model arguments {self.model_args}, "
-                f"found one of {self.start.entry} with {self.start.model_args}"
+                f"{start}: expected a run of {entry.model} with model arguments {self.model_args}, "
+                f"found one of {self.start.model} with {self.start.model_args}"
             )
         self.entry, self.recipe, self.seed, self.precision, self.out = entry, recipe, seed, precision, out
         self.train_split, self.test_split = train, test
@@ -113,6 +114,7 @@ class Run:
             world=self.world,
             model_args=self.model_args,
             start=start / WEIGHTS if start else None,
+            start_head=self.start is None or self.start.entry == entry.name,
             cuda_graph=cuda_graph,
             joined=joined,
         )

@@ -134,6 +134,10 @@ def test_a_card_tells_of_the_run_whose_weights_it_began_with():
         "--initial-checkpoint DIR1 --data DIR --out DIR2`" in text
     )
     assert "began with" not in render_card(entry, first)
+    other = a_record(ENTRIES["resnet18_tam.cifar100"], recipe="short")
+    text = render_card(entry, replace(second, start=other))
+    assert "| began with | the weights of a run of resnet18_tam.cifar100, without its head: short, 30" in text
+    assert "`tamzoo train resnet18_tam.cifar100 --recipe short" in text
 
 
 def test_the_owner_is_the_one_that_publishes():

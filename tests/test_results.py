@@ -10,7 +10,15 @@ from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import sha256_of
 from tamzoo.records import Record, read_record
 from tamzoo.registry import entry_folder
-from tamzoo.results import README_MARKS, record_of, result_row, results_csv, with_results, write_results
+from tamzoo.results import (
+    README_MARKS,
+    record_of,
+    result_row,
+    results_csv,
+    results_markdown,
+    with_results,
+    write_results,
+)
 from tests.standins import full_disk
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +44,18 @@ def test_a_row_counts_all_runs_that_made_the_weights(monkeypatch):
     assert (row["epochs"], row["recipe"]) == (8, f"{name} + {name}")
     assert (row["training_minutes"], row["hardware"]) == (12, "a CPU + a GPU")
     assert Record.from_json(chain.to_json()) == chain
+    assert row["pretraining"] is None and "after" not in results_markdown()
+
+
+def test_epochs_on_another_data_set_are_told_apart(monkeypatch):
+    record = record_of(TRAINED[0])
+    assert record
+    other = dataclasses.replace(record, entry="resnet18_tam.svhn", epochs=3, start=None)
+    chain = dataclasses.replace(record, epochs=5, start=dataclasses.replace(other, epochs=2, start=other))
+    monkeypatch.setattr("tamzoo.results.record_of", lambda entry: chain)
+    row = result_row(TRAINED[0])
+    assert (row["epochs"], row["pretraining"]) == (5, "5 epochs of resnet18_tam.svhn")
+    assert "| 5 epochs after 5 epochs of resnet18_tam.svhn, " in results_markdown()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of file size are POSIX's")

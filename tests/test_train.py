@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tamzoo import journal, snapshots
 from tamzoo.catalogue import ENTRIES, QUEUE
 from tamzoo.checkpoint import load_weights, sha256_of
+from tamzoo.datasets import DATASETS
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
 from tamzoo.finish import finish
@@ -146,6 +147,21 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, alone):
     assert [run.epochs for run in record.runs] == [3, 1]
 
 
+@pytest.mark.parametrize("tag", ["svhn", "cifar100"])  # as many classes, and more
+def test_the_head_of_another_data_set_is_left_out(tmp_path, alone, tag):
+    entry = replace(ENTRY, dataset=DATASETS[tag])
+    run = tiny_run(tmp_path, entry=entry, start=alone, seed=1)
+    untrained = tiny_run(tmp_path / "untrained", entry=entry, seed=1).learner.model.state_dict()
+    stored, live = load_file(alone / "model.safetensors"), run.learner.model.state_dict()
+    for name, value in live.items():
+        source = untrained if name in ("fc.weight", "fc.bias") else stored
+        assert torch.equal(value, source[name].to(value.dtype)), name
+    assert run.train()
+    finish(run)
+    record = read_record(tmp_path / "record.json")
+    assert (record.total_epochs, record.pretraining) == (3, read_record(alone / "record.json"))
+
+
 def test_a_run_that_began_with_weights_ends_alike_when_stopped(tmp_path, alone):
     tiny_run(tmp_path / "whole", start=alone).train()
     watch = steps(4)
@@ -161,7 +177,7 @@ def test_weights_to_begin_with_are_those_of_a_finished_run_of_the_entry(tmp_path
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="expected a finished run with model.safetensors and record.json"):
         tiny_run(out, start=tmp_path)
-    with pytest.raises(ValueError, match="expected a run of resnet20_tam.cifar10 with .*'group_size': 4"):
+    with pytest.raises(ValueError, match="expected a run of resnet20_tam with .*'group_size': 4"):
         tiny_run(out, start=alone, model_args={"group_size": 4})
     copy = shutil.copytree(alone, tmp_path / "copy")
     (copy / "model.safetensors").write_bytes(b"other")

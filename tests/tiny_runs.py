@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tamzoo.catalogue import ENTRIES
+from tamzoo.catalogue import ENTRIES, Entry
 from tamzoo.data import Split
 from tamzoo.recipes import SHORT, Recipe
 from tamzoo.train import Run
@@ -31,9 +31,9 @@ def random_split(n: int, seed: int) -> Split:
     )
 
 
-def tiny_run(out: Path, *, recipe: Recipe = RECIPE, **options: Any) -> Run:
+def tiny_run(out: Path, *, entry: Entry = ENTRY, recipe: Recipe = RECIPE, **options: Any) -> Run:
     options = {"precision": "float32", "snapshot_seconds": 0.0} | options
-    return Run(ENTRY, recipe, random_split(20, 0), random_split(12, 1), out=out, **options)
+    return Run(entry, recipe, random_split(20, 0), random_split(12, 1), out=out, **options)
 
 
 def in_a_fork(work: Callable[[], object], **environment: str) -> int:
