@@ -148,7 +148,13 @@ class Entry:
 # backbone -> attention -> parameters without the classifier; TAM's as Eq. 2 gives them, 4c - 5 a gate
 _PARAMETERS = {
     "resnet18": {"plain": 11_168_832, "se": 11_255_872, "cbam": 11_258_712, "tam": 11_176_472},
-    "resnet50": {"plain": 23_500_352, "se": 26_015_296, "cbam": 26_032_944, "tam": 23_560_688},
+    "resnet50": {
+        "plain": 23_500_352,
+        "se": 26_015_296,
+        "cbam": 26_032_944,
+        "tam": 23_560_688,
+        "scalar": 23_500_368,
+    },
     "resnet101": {"plain": 42_492_480, "se": 47_235_648, "cbam": 47_273_492, "tam": 42_622_363},
     "resnext50_32x4d": {"plain": 22_972_224, "se": 25_487_168, "cbam": 25_504_816, "tam": 23_032_560},
     "wrn16_8": {"plain": 10_958_064, "se": 11_044_080, "cbam": 11_046_584, "tam": 10_965_202},
@@ -162,7 +168,7 @@ _PARAMETERS = {
     },
     "resnet20": {"se": 273_840, "cbam": 275_097, "tam": 273_123},
 }
-# ours, beyond the tables: small enough to train on a CPU
+# ours, beyond the tables: small enough to train on a CPU, and a number in place of each of ResNet-50's gates
 _OURS = (
     ("wrn10_4", "tam", "cifar10"),
     ("resnet20", "tam", "cifar10"),
@@ -172,6 +178,7 @@ _OURS = (
     ("wrn10_4", "cbam", "cifar10"),
     ("resnet20", "se", "cifar10"),
     ("resnet20", "cbam", "cifar10"),
+    ("resnet50", "scalar", "cifar100"),
 )
 
 
