@@ -70,6 +70,8 @@ class Trainer:
         for module in self.model.modules():
             if type(module) is TAM:
                 module.__class__ = FORMULATIONS[formulation]
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # the one that is waited for
         self.model.to(device, memory_format=layout).train()
         if formulation == "joined" and not join_ends(self.model):
             raise ValueError(f"tam-joined: {options.model} has no block whose end can be joined")
@@ -208,7 +210,7 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
     rounds = [{v: ask(v, "seconds") for v in ready} for _ in range(options.warmup + options.rounds)]
     rounds = rounds[options.warmup :]
     rows: list[tuple] = [COLUMNS]
-    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else ""
+    name = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else ""
     peak = next((flops for key, flops in DENSE_PEAK.items() if key in name), None)
     work = ask(first, "flops") if peak else 0.0  # attentions add next to none
     memory = {variant: ask(variant, "peak_bytes") for variant in ready}

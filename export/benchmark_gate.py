@@ -84,6 +84,9 @@ def print_rates(options: argparse.Namespace) -> None:
     told = {name: value for name, value in vars(options).items() if name != "run"}
     print(*(f"{name}={value}" for name, value in told.items()), f"torch={torch.__version__}")
     print("".join(f"{name:>18}" for name in COLUMNS))
+    device = torch.device(options.device)
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)  # the one that is waited for
     with torch.no_grad():
         for channels in options.channels:
             print("".join(f"{round(cell, 3):>18}" for cell in rates(channels, options)), flush=True)

@@ -79,7 +79,7 @@ def list_entries(
                 paper and paper.top1_error,
                 paper and paper.top5_error,
                 ours,
-                record and record.total_epochs,
+                record and record.spans[-1][1],
                 "yes" if entry.trained else "no",
             )
         )

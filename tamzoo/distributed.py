@@ -117,6 +117,7 @@ class _Sum(Function):
 class GlobalBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d that in training normalises by the statistics of all ranks' images."""
 
+    @torch.compiler.disable  # torch 2.11 drops the sums from a compiled backward pass
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)

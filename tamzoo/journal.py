@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
 from pathlib import Path
@@ -164,6 +164,8 @@ def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
     """
     for key, value in wanted.items():
         theirs = found[key]
+        if key == "recipe":  # early ones had fewer fields
+            theirs = {field.name: field.default for field in fields(Recipe)} | theirs
         if theirs == value:
             continue
         if key == "recipe":

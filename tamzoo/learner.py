@@ -1,5 +1,6 @@
 """One training step: forward, loss, backward, SGD, average, on the device and without waiting for it."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,12 +22,14 @@ from tamzoo.catalogue import Entry
 from tamzoo.checkpoint import load_weights
 from tamzoo.data import Split
 from tamzoo.distributed import World
+from tamzoo.gates import gates_of
 from tamzoo.recipes import Recipe
 from tamzoo.replay import Replayed
 
 Compiled = Literal["no", "model", "blocks"]  # by torch.compile, as one graph or as a graph a kind of block
 MOST_GRAPHS = 64  # of blocks that share their code: kinds of block times sizes of image
 MOST_SEED = 2**31 - 1  # `seed_of` makes 64-bit numbers of it
+logger = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -77,8 +80,11 @@ class Learner:
         if start:
             load_weights(self.model, start, entry.name, head=start_head)
         self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if joined:
-            join_ends(self.model)
+        for gate in gates_of(self.model).values():
+            for parameter in gate.parameters():  # the strides of their gradients, as DDP wants them
+                parameter.data = parameter.data.flatten().view(parameter.shape)
+        if joined and not join_ends(self.model):
+            logger.warning("no block of %s has an end that can be joined; it trains as it is", entry.name)
         self.kept = deepcopy(self.model).requires_grad_(False) if recipe.ema_decay else self.model
         self._compiled = compiled
         self._forward = self._full_forward = world.spread(self.model)
@@ -86,6 +92,7 @@ class Learner:
             torch.compiler.reset()  # it gives up at the ninth model of one class
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         if compiled == "model":
+            torch._dynamo.config.recompile_limit = MOST_GRAPHS  # SyncBatchNorm breaks it into many
             self._full_forward = torch.compile(self._forward, dynamic=False)
         if compiled == "blocks":
             compile_blocks(self.model)

@@ -96,7 +96,6 @@ SHORT = Recipe(
     cutout=8,
     ema_decay=0.995,
 )
-SHORT_SVHN = replace(SHORT, name="short-svhn", flip=False, cutout=0)  # a mirrored digit is another sign
 # For models small enough for a CPU: many small steps.
 SHORT_CPU = replace(SHORT, name="short-cpu", epochs=30, batch_size=128, lr=0.2, ema_decay=0.0)
 
@@ -115,10 +114,11 @@ RESTART_CPU = replace(
     small_side=24,
 )
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (PAPER, PAPER_SVHN, SHORT, SHORT_SVHN, SHORT_CPU, PROGRESSIVE_CPU, RESTART_CPU)
-}
+_OURS = (SHORT, SHORT_CPU, PROGRESSIVE_CPU, RESTART_CPU)
+# A mirrored digit is another sign, and a cut one may be.
+_OURS_SVHN = (replace(row, name=f"{row.name}-svhn", flip=False, cutout=0) for row in _OURS)
+
+RECIPES = {recipe.name: recipe for recipe in (PAPER, PAPER_SVHN, *_OURS, *_OURS_SVHN)}
 
 
 def recipe_for(name: str, tag: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,10 @@ class Record:
         return [*(self.start.runs if self.start else ()), self]
 
     @property
-    def total_epochs(self) -> int:
-        """Of all its runs on its own data set."""
-        return sum(run.epochs for run in self.runs if run.entry == self.entry)
-
-    @property
-    def pretraining(self) -> "Record | None":
-        """The last of its runs on another data set, whose head was not taken over."""
-        return next((run for run in reversed(self.runs) if run.entry != self.entry), None)
+    def spans(self) -> list[tuple[str, int]]:
+        """Entry and epochs of its runs, those in a row on one data set as one: so long a head is kept."""
+        spans = groupby(self.runs, key=lambda run: run.entry)
+        return [(entry, sum(run.epochs for run in runs)) for entry, runs in spans]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -59,13 +59,13 @@ def result_row(entry: Entry) -> dict[str, object]:
             "paper_flops_g": paper.flops_g,
         }
     if record:
-        before = record.pretraining
+        *before, (_, epochs) = record.spans
         row |= {
             "top1_error": f"{record.score.top1_error:.2f}",
             "top5_error": f"{record.score.top5_error:.2f}",
             "n": record.score.n,
-            "epochs": record.total_epochs,
-            "pretraining": before and f"{before.total_epochs} epochs of {before.entry}",
+            "epochs": epochs,
+            "pretraining": ", then ".join(f"{epochs} epochs of {entry}" for entry, epochs in before),
             "training_minutes": round(sum(run.seconds for run in record.runs) / 60),
             "hardware": " + ".join(dict.fromkeys(run.hardware for run in record.runs)),
             "recipe": " + ".join(run.recipe["name"] for run in record.runs),

@@ -196,9 +196,8 @@ def _train_entry(
         )
 
     if not run.train(ends - time.monotonic(), voice.watch, report):
-        voice.say(
-            f"{name}: stopped after step {run.step} of {run.steps}; the same command with --resume goes on"
-        )
+        how = "" if order.resume else " with --resume"
+        voice.say(f"{name}: stopped after step {run.step} of {run.steps}; the same command{how} goes on")
         return False
     if world.first:
         score = finish(run, voice.bar).score

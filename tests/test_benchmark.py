@@ -1,5 +1,6 @@
 """Inference is compared in a few rounds of a small network; the figures themselves are not tested."""
 
+import argparse
 import csv
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from export import benchmark, gate_study
+from export.benchmark import Trainer
+from export.benchmark_gate import print_rates
 from export.benchmark_infer import check_load, describe, markdown
 from tamzoo.fold import FoldReport
 from tamzoo.records import Timing
@@ -91,6 +94,17 @@ def test_bad_options_are_one_sentence(command, tmp_path):
     }.items():
         code, _, err = command(*options)
         assert code == 2 and err.startswith("error: ") and told in err
+
+
+@pytest.mark.parametrize("measure", [lambda options: Trainer("plain", options), print_rates])
+def test_the_gpu_that_is_measured_is_the_one_that_is_waited_for(monkeypatch, measure):
+    def set_device(device: torch.device) -> None:
+        raise RuntimeError(f"chosen: {device}")
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    found = {"model": "resnet20", "tag": "cifar10", "format": "nchw", "threads": 0, "rounds": 1}
+    with pytest.raises(RuntimeError, match="chosen: cuda:1"):
+        measure(argparse.Namespace(device="cuda:1", **found))
 
 
 def test_training_is_compared_and_its_longest_kernels_are_named():

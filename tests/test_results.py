@@ -44,18 +44,19 @@ def test_a_row_counts_all_runs_that_made_the_weights(monkeypatch):
     assert (row["epochs"], row["recipe"]) == (8, f"{name} + {name}")
     assert (row["training_minutes"], row["hardware"]) == (12, "a CPU + a GPU")
     assert Record.from_json(chain.to_json()) == chain
-    assert row["pretraining"] is None and "after" not in results_markdown()
+    assert not row["pretraining"] and " after " not in results_markdown()
 
 
 def test_epochs_on_another_data_set_are_told_apart(monkeypatch):
     record = record_of(TRAINED[0])
     assert record
-    other = dataclasses.replace(record, entry="resnet18_tam.svhn", epochs=3, start=None)
-    chain = dataclasses.replace(record, epochs=5, start=dataclasses.replace(other, epochs=2, start=other))
+    chain = None
+    for entry, epochs in (("a.cifar10", 7), ("a.svhn", 2), ("a.svhn", 3), ("a.cifar10", 1), ("a.cifar10", 4)):
+        chain = dataclasses.replace(record, entry=entry, epochs=epochs, start=chain)
     monkeypatch.setattr("tamzoo.results.record_of", lambda entry: chain)
     row = result_row(TRAINED[0])
-    assert (row["epochs"], row["pretraining"]) == (5, "5 epochs of resnet18_tam.svhn")
-    assert "| 5 epochs after 5 epochs of resnet18_tam.svhn, " in results_markdown()
+    assert (row["epochs"], row["pretraining"]) == (5, "7 epochs of a.cifar10, then 5 epochs of a.svhn")
+    assert "| 5 epochs after 7 epochs of a.cifar10, then 5 epochs of a.svhn, " in results_markdown()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of file size are POSIX's")

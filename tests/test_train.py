@@ -33,7 +33,7 @@ from tamzoo.progress import SILENT, Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order, train_entries, waiting
 from tamzoo.snapshots import load_snapshot
-from tamzoo.train import how_on
+from tamzoo.train import Run, how_on
 from tamzoo.weights import Trained
 from tests.standins import a_record, full_disk
 from tests.tiny_runs import ENTRY, RECIPE, random_split, tiny_run
@@ -158,8 +158,7 @@ def test_the_head_of_another_data_set_is_left_out(tmp_path, alone, tag):
         assert torch.equal(value, source[name].to(value.dtype)), name
     assert run.train()
     finish(run)
-    record = read_record(tmp_path / "record.json")
-    assert (record.total_epochs, record.pretraining) == (3, read_record(alone / "record.json"))
+    assert read_record(tmp_path / "record.json").spans == [(ENTRY.name, 3), (entry.name, 3)]
 
 
 def test_a_run_that_began_with_weights_ends_alike_when_stopped(tmp_path, alone):
@@ -209,6 +208,18 @@ def test_without_an_average_the_model_itself_is_stored(tmp_path):
     run.train()
     assert run.learner.kept is run.learner.model
     assert not any(name.startswith("ema.") for name in state_of(tmp_path))
+
+
+def test_a_run_from_before_the_recipe_had_a_field_goes_on(tmp_path):
+    recipe = replace(RECIPE, small_until=0.0, small_side=0)
+    tiny_run(tmp_path, recipe=recipe).train(time_budget=0)
+    path = tmp_path / "run.json"
+    told = json.loads(path.read_text())
+    del told["recipe"]["small_until"], told["recipe"]["small_side"]
+    path.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="holds another run \\(recipe's small_until: 0.0, not 0.5\\)"):
+        tiny_run(tmp_path, resume=True)
+    assert tiny_run(tmp_path, recipe=recipe, resume=True).train()
 
 
 def test_a_run_that_is_there_is_not_overwritten(tmp_path):
@@ -532,6 +543,14 @@ def test_compiled_by_blocks_a_run_learns_the_same(tmp_path, monkeypatch, ema_dec
         torch.testing.assert_close(tensor, runs[0].learner.state()[name], rtol=1e-5, atol=1e-6)
 
 
+def test_ends_that_cannot_be_joined_are_told_of(caplog):
+    entry = ENTRIES["wrn10_4_tam.cifar10"]  # the shortcut's sum ends its blocks
+    Learner(entry, RECIPE, seed=0, precision="float32", compiled="no", world=CPU, joined=True)
+    assert caplog.messages == [
+        "no block of wrn10_4_tam.cifar10 has an end that can be joined; it trains as it is"
+    ]
+
+
 def test_a_step_is_replayed_on_one_gpu_unless_asked_otherwise():
     one, two = World(device=torch.device("cuda")), World(device=torch.device("cuda"), size=2)
     assert how_on(CPU, None, None) == ("no", False)
@@ -625,6 +644,15 @@ def small_data(tmp_path, monkeypatch) -> Path:
     sizes = {"train": 20, "test": 12}
     monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(sizes[args[2]], 0))
     return tmp_path
+
+
+@pytest.mark.parametrize(("resume", "how"), [(True, ""), (False, " with --resume")])
+def test_a_session_that_stops_says_how_it_goes_on(small_data, monkeypatch, resume, how):
+    monkeypatch.setattr(Run, "train", lambda *args: False)
+    said, order = [], Order(epochs=1, resume=resume)
+    folders = {ENTRY.name: small_data / "run"}
+    assert not train_entries(folders, order, small_data, math.inf, CPU, Voice(say=said.append))
+    assert said[-1] == f"{ENTRY.name}: stopped after step 0 of 1; the same command{how} goes on"
 
 
 def test_a_session_goes_on_where_the_last_one_stopped(small_data):
