@@ -24,7 +24,8 @@ class TAM(nn.Module):
 
     The buffer `measured_gate` holds mean, minimum and maximum of the gate as last measured by
     `tamzoo.measure_gates`, zeros where nobody has; it travels with the state dict, stays float32 in a model
-    of any dtype, and is reset by a forward pass in training mode and by weights that come without it.
+    of any dtype, and is reset by a forward pass in training mode and by weights that come without it or that
+    hold it in 16 bits.
 
     Args:
         channels: c >= 1.
@@ -83,8 +84,10 @@ class TAM(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # weights that know nothing of gates load strictly, and leave the gate unmeasured
-        state_dict.setdefault(f"{prefix}measured_gate", torch.zeros_like(self.measured_gate))
+        # weights that know nothing of gates, or of which 16 bits were kept, leave the gate unmeasured
+        found = state_dict.get(name := f"{prefix}measured_gate")
+        if found is None or found.dtype not in (torch.float32, torch.float64):
+            state_dict[name] = torch.zeros_like(self.measured_gate)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.nn.functional import conv2d
 from torch.nn.modules.batchnorm import _BatchNorm  # of several processes too
 
 from tamzoo.attention import TAM
+from tamzoo.distributed import GlobalBatchNorm
+from tamzoo.tree import ordinary
 
 HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+FAINT = SMALLEST / HALF_ULP  # what underflows to 0 is less than the rounding of this
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, GlobalBatchNorm)
 RISING = (nn.ReLU, nn.Identity, nn.Dropout, nn.MaxPool2d)  # they take the ends of an interval to its ends
 
 
@@ -52,7 +57,7 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
         high: As low.
     Returns:
         Gate name -> lower and upper bound in [0, 1]: 0 and 1 where the features may leave float32's range, or
-        come from a layer of which no rule is known.
+        come from a layer of which no rule is known, or which a hook or a subclass may have changed.
     Raises:
         ValueError: training mode, or a coarser precision.
     """
@@ -60,12 +65,14 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
         raise ValueError("bounding gates needs a model in eval mode; call model.eval() first")
     if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"bounds are of float32 and its rounding, the model's weights are {dtype}")
-    regions = _Regions(fx.GraphModule(model, _Tracer().trace(model)))
+    found = {name: (0.0, 1.0) for name, module in model.named_modules() if isinstance(module, TAM)}
     low, high = low.double(), high.double()
-    with suppress(_Unknown):
-        regions.run(_region(low, high, (low + high) / 2))
-    names = (name for name, module in model.named_modules() if isinstance(module, TAM))
-    return {name: regions.gates.get(name, (0.0, 1.0)) for name in names}
+    if found:
+        with suppress(_Unknown, TraceError):
+            _Regions(fx.GraphModule(model, _Tracer().trace(model)), found).run(
+                _region(low, high, (low + high) / 2)
+            )
+    return found
 
 
 class _Unknown(Exception):
@@ -74,7 +81,9 @@ class _Unknown(Exception):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (TAM, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        """With the head, which may be anybody's, and behind all gates."""
+        head = module_qualified_name.rpartition(".")[2] in ("global_pool", "fc")
+        return head or isinstance(m, (TAM, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,29 +136,36 @@ def _length(x: Tensor) -> Tensor:
 
 
 class _Regions(fx.Interpreter):
-    """A traced network on regions, from its input to its last gate."""
+    """A traced network on regions, from its input to its last gate, of which it writes the bounds.
 
-    def __init__(self, traced: fx.GraphModule) -> None:
+    Raises:
+        _Unknown: a gate is called twice: what is found for the first call need not hold for the other.
+    """
+
+    def __init__(self, traced: fx.GraphModule, gates: dict[str, tuple[float, float]]) -> None:
+        called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+        if any(called.count(name) > 1 for name in gates):
+            raise _Unknown
         _join_convolutions(traced)
         super().__init__(traced)
-        self.gates: dict[str, tuple[float, float]] = {}
-        self._most = sum(isinstance(module, TAM) for module in traced.modules())
+        self._gates, self._left = gates, sum(name in gates for name in called)
         self._convolution: nn.Conv2d | None = None  # that the BatchNorm which runs has taken in
 
     def run_node(self, n: fx.Node) -> Any:
         self._convolution = n.meta.get("convolution")
-        return super().run_node(n) if len(self.gates) < self._most else None
+        return super().run_node(n) if self._left else None
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
         module, x = self.fetch_attr(target), args[0]
-        if isinstance(module, TAM):
-            self.gates[target] = _through_tree(module, x.low.amin((0, 2, 3)), x.high.amax((0, 2, 3)))
-            return _product(x, *self.gates[target])
-        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+        if _plain(module, TAM):
+            self._gates[target] = _through_tree(module, x.low.amin((0, 2, 3)), x.high.amax((0, 2, 3)))
+            self._left -= 1
+            return _product(x, *self._gates[target])
+        if _plain(module, nn.Conv2d) and module.padding_mode == "zeros":
             return _affine(x, module, None)
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if _plain(module, *NORMS) and module.running_mean is not None:
             return _affine(x, self._convolution, module)
-        if isinstance(module, RISING):
+        if _plain(module, *RISING):
             low, high, centre = (module(end.clone()) for end in (x.low, x.high, x.centre))
             pools = isinstance(module, nn.MaxPool2d)  # a position's channels come from several
             return _region(low, high, centre, None if pools else x.radius, x.scale, terms=0)
@@ -163,6 +179,11 @@ class _Regions(fx.Interpreter):
         return _region(x.low + y.low, x.high + y.high, x.centre + y.centre, radius)
 
 
+def _plain(module: Any, *types: type[nn.Module]) -> bool:
+    """Whether a layer does what its type says: no subclass, nor hooks, by which pruning makes its weights."""
+    return type(module) in types and not module._forward_pre_hooks and not module._forward_hooks
+
+
 def _join_convolutions(traced: fx.GraphModule) -> None:
     """Has each BatchNorm do the work of the convolution before it, too, where nothing else wants its result.
 
@@ -170,10 +191,10 @@ def _join_convolutions(traced: fx.GraphModule) -> None:
     """
     called = (node for node in traced.graph.nodes if node.op == "call_module")
     modules = {node: traced.get_submodule(node.target) for node in called}
-    for norm in [node for node, module in modules.items() if isinstance(module, _BatchNorm)]:
+    for norm in [node for node, module in modules.items() if _plain(module, *NORMS)]:
         before: Any = norm.args[0]
-        layer = modules.get(before)
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and len(before.users) == 1:
+        layer: Any = modules.get(before)
+        if _plain(layer, nn.Conv2d) and layer.padding_mode == "zeros" and len(before.users) == 1:
             norm.args, norm.meta["convolution"] = before.args, layer
             traced.graph.erase_node(before)
 
@@ -181,7 +202,7 @@ def _join_convolutions(traced: fx.GraphModule) -> None:
 def _rounding(size: Tensor, terms: int) -> Tensor:
     """Twice what float32 can round in sums of so many terms whose absolute values come to `size`."""
     _check_range(size)
-    return 2 * HALF_ULP * terms * size
+    return 2 * HALF_ULP * terms * (size + FAINT)
 
 
 def _check_range(size: Tensor) -> None:
@@ -190,6 +211,8 @@ def _check_range(size: Tensor) -> None:
 
 
 def _through_tree(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
+    if not ordinary(gate.tree):
+        raise _Unknown
     x = _region(*(end.view(1, -1, 1, 1) for end in (low, high, (low + high) / 2)), terms=0)
     for layer in gate.tree:
         x = _affine(x, layer, None) if isinstance(layer, nn.Conv2d) else _prelu(x, layer)
@@ -206,7 +229,8 @@ def _prelu(x: _Region, layer: nn.Module) -> _Region:
     ends = torch.stack([low, high, torch.where((x.low < 0) & (x.high > 0), 0, low)])
     steepest = torch.maximum(slope.abs() * (x.low < 0), 1.0 * (x.high > 0)).amax((2, 3), keepdim=True)
     scale = x.scale * steepest.clamp(min=SMALLEST)
-    return _region(ends.amin(0), ends.amax(0), centre, x.radius, scale)
+    size = ends.abs().amax(0) + FAINT * torch.maximum(x.low.abs(), x.high.abs())
+    return _region(ends.amin(0), ends.amax(0), centre, x.radius, scale, size)
 
 
 def _product(x: _Region, least: float, most: float) -> _Region:
@@ -228,7 +252,7 @@ def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Re
     if layer is not None and layer.bias is not None:
         bias = layer.bias.double()
     middle, reach, terms = (x.low + x.high) / 2, (x.high - x.low) / 2, weight[0].numel() + 1
-    size = conv2d(middle.abs() + reach, weight.abs(), bias.abs(), *how)
+    size = conv2d(middle.abs() + reach + FAINT, weight.abs() + FAINT, bias.abs() + FAINT, *how)
     if norm is not None:
         assert norm.running_mean is not None and norm.running_var is not None
         mean, factor = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -236,7 +260,9 @@ def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Re
         shift = norm.bias.double() if norm.affine else torch.zeros_like(factor)
         size = size + mean.abs()[:, None, None]
         _check_range(size)
-        size, terms = size * factor.abs()[:, None, None] + shift.abs()[:, None, None], terms + 8
+        _check_range(factor.abs())
+        size = size * (factor.abs() + FAINT)[:, None, None] + shift.abs()[:, None, None]
+        terms += 8
         weight, bias = weight * factor[:, None, None, None], (bias - mean) * factor + shift
     middle, reach = conv2d(middle, weight, bias, *how), conv2d(reach, weight.abs(), None, *how)
     low, high, centre = middle - reach, middle + reach, conv2d(x.centre, weight, bias, *how)

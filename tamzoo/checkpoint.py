@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -152,6 +153,22 @@ def read_finished(folder: Path) -> Record:
             "fetch or copy both again"
         )
     return record
+
+
+def model_arguments(weights: Path) -> dict[str, Any]:
+    """How the model of a weights file is made: its number of classes, and what the record beside it tells.
+
+    Raises:
+        ValueError: not a safetensors file; or the record there cannot be read.
+    """
+    check_weights_file(weights)
+    with safe_open(weights, framework="pt") as file:
+        head = "fc.bias" in file.keys()  # noqa: SIM118
+        arguments = {"num_classes": file.get_tensor("fc.bias").numel()} if head else {}
+    path = weights.parent / "record.json"
+    if path.is_file() and (record := read_record(path)).sha256 == sha256_of(weights):
+        arguments |= record.model_args
+    return arguments
 
 
 def load_weights(model: nn.Module, path: Path, name: str, *, head: bool = True) -> None:

@@ -34,6 +34,9 @@ def export(
     ] = "float32",
     data: Sample = None,
     weights: Weights = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A class name a line, where --weights are of other classes.")
+    ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Largest width of a gate that is folded.")] = None,
 ) -> None:
     """Fold a model and write one file that was checked against it."""
@@ -43,6 +46,7 @@ def export(
     from tamzoo.data import data_directory
     from tamzoo.deploy import PARITY_IMAGES, deployment
     from tamzoo.onnx_export import export_deployment
+    from tamzoo.predict import read_labels
     from tamzoo.program_export import exporter_for
 
     check_output_file(output)
@@ -61,6 +65,7 @@ def export(
         weights_sha256=sha256_of(weights) if weights else trained.sha256 if trained else "",
         keep_gates=keep_gates,
         tolerance=GATE_TOLERANCE if tolerance is None else tolerance,
+        labels=read_labels(labels) if labels else None,
     )
     if precision == "int8":
         parity = _write_int8(made, output, data, dataset)

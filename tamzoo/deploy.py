@@ -180,15 +180,16 @@ class Deployment:
 
 def _as_told(model: Any, dataset: Dataset, cfg: dict[str, Any], labels: Sequence[str] | None) -> Dataset:
     """The data set with the pixels that the model's configuration tells of, and the model's classes."""
-    same = model.num_classes == dataset.num_classes
-    names = cfg.get("label_names") if labels is None and same else labels
-    if names is not None and len(names) != model.num_classes:
-        raise ValueError(f"a model of {model.num_classes} classes got {len(names)} labels; pass one for each")
+    classes, names = model.num_classes, cfg.get("label_names")
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"a model of {classes} classes got {len(labels)} labels; pass one for each")
+    if labels is None and names is not None and len(names) == classes:
+        labels = names
     return replace(
         dataset,
-        num_classes=model.num_classes,
-        class_names=None if names is None else tuple(names),
-        counts=dataset.counts if same else {},
+        num_classes=classes,
+        class_names=None if labels is None else tuple(labels),
+        counts=dataset.counts if classes == dataset.num_classes else {},
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
         input_size=tuple(cfg["input_size"]),
@@ -210,19 +211,25 @@ def deployment(
     Of each gate that is folded the report says whether that is proven right for any picture.
 
     Args:
-        model: In eval mode on the CPU, as `timm.create_model` made it.
-        pixels: Images for the parity check; by default crops of the shipped pictures.
+        model: In eval mode and float32 on the CPU, as `timm.create_model` made it.
+        pixels: Images for the parity check, of the model's size; by default crops of the shipped pictures.
         weights_sha256: Of the file that the model's weights are from, where they are from one.
         keep_gates: Do not fold; there is no fold report then.
-        labels: The names of the classes, where they are not those of the data set.
+        labels: The names of the classes, where they are not those that the model's configuration has.
     Raises:
-        ValueError: not a model of ours, or not of its data set's channels; or as `reparameterize_model`.
+        ValueError: not a model of ours, not in float32, or not of its data set's channels; images of another
+            size than the model's configuration says; or as `reparameterize_model`.
     """
     cfg: Any = getattr(model, "pretrained_cfg", {})
-    if (tag := cfg.get("tag")) not in DATASETS:
+    if (tag := cfg.get("tag")) not in DATASETS or not hasattr(model, "num_classes"):
         raise ValueError(
             f"expected a model of tamzoo as timm.create_model made it, got {type(model).__name__} "
             f"of tag {tag!r}"
+        )
+    if others := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ValueError(
+            f"export takes a float32 model, got one in {others.pop()}; pass model.float() "
+            "(a file in float16 is made of it by --precision float16)"
         )
     name, dataset = f"{cfg['architecture']}.{tag}", _as_told(model, DATASETS[tag], cfg, labels)
     if (channels := model.conv1.in_channels) != dataset.input_size[0]:  # pyright: ignore
@@ -230,12 +237,23 @@ def deployment(
             f"{name}: exported files take pictures of {dataset.input_size[0]} channels, as its data set has; "
             f"this model takes {channels}"
         )
+    if pixels is None:
+        pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
+    if (size := tuple(pixels.shape[1:])) != dataset.input_size:
+        raise ValueError(
+            f"{name}: the images to check it on are {size}, the model's configuration says "
+            f"{dataset.input_size}; pass pixels of that size, or create the model with another input_size"
+        )
     report, deployed = None, model
     if not keep_gates:
         deployed = reparameterize_model(model, tolerance=tolerance)
         report = report_of(deployed)
         if bounds := bound_gates(model, *darkest_and_brightest(dataset)):
-            proven = (name for name in report.folded if bounds[name][1] - bounds[name][0] <= tolerance)
+            proven = (
+                name
+                for name, constant in report.folded.items()
+                if max(*bounds[name], constant) - min(*bounds[name], constant) <= GATE_TOLERANCE
+            )
             report = replace(report, proven=tuple(proven))
     told = {
         "entry": name,
@@ -249,7 +267,7 @@ def deployment(
         model=deployed,
         reference=model,
         dataset=dataset,
-        pixels=random_crops(PARITY_IMAGES, dataset.input_size[-1]) if pixels is None else pixels,
+        pixels=pixels,
         report=report,
         told=told,
     )

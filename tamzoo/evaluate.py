@@ -72,5 +72,13 @@ def score_of(logits: Tensor, labels: Tensor, dataset: Dataset, note: str = "") -
 def evaluate(
     model: nn.Module, split: Split, dataset: Dataset, batch_size: int = 250, progress: Progress = silent
 ) -> Score:
-    """Score of a model on a split."""
+    """Score of a model on a split.
+
+    Raises:
+        ValueError: the model is in training mode, or has another number of classes.
+    """
+    if (classes := getattr(model, "num_classes", dataset.num_classes)) != dataset.num_classes:
+        raise ValueError(
+            f"expected a model of {dataset.num_classes} classes, as {dataset.title} has, got one of {classes}"
+        )
     return score_of(logits_of(model, split, dataset, batch_size, progress), split.labels, dataset, split.note)

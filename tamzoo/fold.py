@@ -20,7 +20,8 @@ class FoldReport:
         folded: Gate name -> the constant that went into the layer before it.
         kept: Gate name -> why it is still there.
         tolerance: Largest width that was folded.
-        proven: The gates of those folded that no picture at all moves further; None where nobody asked.
+        proven: The gates of those folded that no picture at all moves further than GATE_TOLERANCE from the
+            constant; None where nobody asked.
     """
 
     folded: dict[str, float]
@@ -53,7 +54,8 @@ def reparameterize_model(
         tolerance: Largest measured width (maximum - minimum) of a gate that is folded.
         inplace: Change this model in place of a copy.
     Raises:
-        ValueError: training mode, no foldable blocks, a tolerance that is no width, or unknown gates.
+        ValueError: training mode, no foldable blocks, a tolerance that is no width, unknown gates, or a model
+            that cannot be copied.
     """
     if model.training:
         raise ValueError("folding needs a model in eval mode; call model.eval() first")
@@ -62,7 +64,13 @@ def reparameterize_model(
     if not any(isinstance(module, GatedBlock) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no blocks that can be folded; pass a tamzoo model")
     if not inplace:
-        model = deepcopy(model)
+        try:
+            model = deepcopy(model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the model cannot be copied ({error}); where layers are pruned, run it once under "
+                "torch.no_grad(), or make their weights permanent by torch.nn.utils.prune.remove"
+            ) from error
     if gates is not None:
         remember_gates(model, gates)
     folded: dict[str, float] = {}

@@ -222,13 +222,18 @@ def open_classifier(
         kind = "uint8 NHWC" if raw else "float32 NCHW"
         metadata = {"labels": None, "mean": mean, "std": std, "input_size": size, "input": kind}
     if labels is not None:
-        metadata["labels"] = _labels_of(labels)
+        metadata["labels"] = read_labels(labels)
     classifier = onnx_classifier(session, metadata, str(path))
     told = {"labels": classifier.labels, "mean": classifier.mean, "std": classifier.std}
     return replace(classifier, sha256=_identity(sha256_of(path), told))
 
 
-def _labels_of(path: Path) -> list[str]:
+def read_labels(path: Path) -> list[str]:
+    """Class names, one a line.
+
+    Raises:
+        ValueError: not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

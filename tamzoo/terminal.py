@@ -130,14 +130,13 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     """A model in eval mode with weights, its full name, and its data set's row."""
     import timm
 
-    from tamzoo.checkpoint import check_finite, check_weights_file, load_weights
+    from tamzoo.checkpoint import check_finite, load_weights, model_arguments
     from tamzoo.datasets import DATASETS
     from tamzoo.registry import find_model
 
     name = find_model(name)
-    if weights is not None:
-        check_weights_file(weights)
-    model = timm.create_model(name, pretrained=weights is None).eval()
+    arguments = {} if weights is None else model_arguments(weights)
+    model = timm.create_model(name, pretrained=weights is None, **arguments).eval()
     cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore
     full = f"{cfg['architecture']}.{cfg['tag']}"
     if weights is not None:

@@ -1,7 +1,9 @@
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tamzoo import TAM, measure_gates
 from tamzoo.bounds import bound_gates, gate_bounds
@@ -160,6 +162,113 @@ def test_channels_are_bounded_together(layers, largest):
     assert model[:-1](corners).max().item() == pytest.approx(largest)
     least, most = torch.tensor(bound_gates(model, -high, high)[str(len(layers))]).logit().tolist()
     assert (least, most) == pytest.approx((-largest, largest), rel=1e-3)
+
+
+class Head(nn.Module):
+    """One that cannot be traced, as anybody may put behind the last gate."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(features, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(x.flatten(1) if x.dim() != 2 else x)
+
+
+@pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
+def test_a_head_of_anybodys_changes_no_bound(shaken, name):
+    model, x = shaken(timm.create_model(name)), torch.randn(1, 3, 32, 32)
+    known = bound_gates(model, x, x)
+    assert min(most - least for least, most in known.values()) < 0.9  # something is known
+    model.fc = Head(model.num_features)
+    assert bound_gates(model, x, x) == known
+    assert bound_gates(nn.Sequential(Head(3 * 32 * 32), TAM(5)).eval(), x, x) == {"1": (0, 1)}
+
+
+def norm_and_relu() -> nn.Module:
+    return BatchNormAct2d(1)  # of timm, a subclass of BatchNorm2d
+
+
+def reflecting() -> nn.Module:
+    return nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
+
+
+def pruned() -> nn.Module:
+    layer = nn.Conv2d(1, 1, 1)
+    prune.l1_unstructured(layer, "weight", 0)
+    return layer
+
+
+def parametrized() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("made", [norm_and_relu, reflecting, pruned, parametrized])
+def test_behind_what_is_more_than_its_type_nothing_is_known(made):
+    zeros = torch.zeros(1, 1, 4, 4)
+    for layers in ([made()], [nn.Conv2d(1, 1, 1), made()], [made(), batch_norm()]):
+        model = nn.Sequential(*layers, reading()).eval()
+        assert bound_gates(model, zeros, zeros) == {str(len(layers)): (0, 1)}
+
+
+@pytest.mark.parametrize("made", [norm_and_relu, pruned, parametrized])
+def test_nor_within_a_tree(made):
+    gate = TAM(1).eval()
+    gate.tree[0] = made()
+    assert gate_bounds(gate, torch.zeros(1), torch.zeros(1)) == (0, 1)
+
+
+def test_a_convolution_whose_result_is_wanted_twice_is_not_joined():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.gate = nn.Conv2d(1, 1, 1), batch_norm(), reading()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.gate(self.norm(x) + x)
+
+    model, x = Twice().eval(), torch.randn(1, 1, 1, 1)
+    value = torch.sigmoid(model.norm(model.conv(x)) + model.conv(x)).item()
+    assert bound_gates(model, x, x)["gate"] == (pytest.approx(value, abs=1e-5),) * 2
+
+
+def test_a_gate_that_is_called_twice_is_unknown():
+    gate, x = reading(), torch.ones(1, 1, 2, 2)
+    model = nn.Sequential(gate, nn.Conv2d(1, 1, 1), gate).eval()
+    assert bound_gates(model, x, x) == {"0": (0, 1)}
+
+
+def faint() -> nn.Module:
+    weights = (1e-30, 1e-30, 1e30, 1e30)  # 1, but for float32, in which it is 0
+    return nn.Sequential(*(layer for weight in weights for layer in (constant(weight), nn.ReLU())))
+
+
+def steep() -> nn.Module:
+    norm = nn.BatchNorm2d(1)
+    norm.running_var.fill_(0)
+    norm.weight.data.fill_(1e38)  # over the root of eps, it overflows
+    return nn.Sequential(constant(1e-41), norm)
+
+
+def far() -> nn.Module:
+    norm = nn.BatchNorm2d(1)
+    norm.running_mean.fill_(1e6)  # of which float32 leaves a sixteenth
+    norm.bias.data.fill_(1e6)
+    return nn.Sequential(constant(0.3), norm)
+
+
+def constant(weight: float) -> nn.Conv2d:
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    layer.weight.data.fill_(weight)
+    return layer
+
+
+@pytest.mark.parametrize("made", [faint, steep, far])
+def test_what_float32_loses_is_within_the_bounds(made):
+    model, x = nn.Sequential(made(), reading()).eval().requires_grad_(False), torch.ones(1, 1, 1, 1)
+    least, most = bound_gates(model, x, x)["1"]
+    assert least <= model[1].gate(model[0](x)).nan_to_num(0).item() <= most
 
 
 def test_bounds_through_a_sum_take_both_for_independent():

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tamzoo.images import PICTURES, random_crops
 from tamzoo.onnx_export import metadata_of, open_session
 from tamzoo.results import record_of
 from tests.conftest import refused
+from tests.standins import a_record
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,31 @@ def test_an_exported_file_predicts_what_the_model_predicts(tamzoo, weights, tmp_
     assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
     for a, b in zip(*answers, strict=True):
         assert a["probability"] == pytest.approx(b["probability"], abs=1e-3)
+
+
+def test_weights_of_other_classes_and_group_sizes_are_exported(tamzoo, tmp_path):
+    weights, out = tmp_path / "model.safetensors", tmp_path / "x.onnx"
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\n")
+    made = {"num_classes": 5, "group_size": 4}
+    sha256 = save_weights(weights, timm.create_model("resnet20_tam.cifar10", **made).state_dict())
+    command = ("export", "resnet20_tam.cifar10", "--weights", weights, "-o", out)
+    refused(tamzoo(*command), "these weights are not of resnet20_tam.cifar10")
+    record = a_record(ENTRIES["resnet20_tam.cifar10"], sha256)
+    (tmp_path / "record.json").write_text(replace(record, model_args={"group_size": 4}).to_json())
+    code, _, err = tamzoo(*command, "--labels", tmp_path / "names.txt")
+    assert code == 0, err
+    assert metadata_of(open_session(out))["labels"] == list("abcde")
+    code, told, _ = tamzoo("predict", PICTURES / "cat.jpg", "--json", "--onnx", out)
+    assert code == 0 and {row["label"] for row in json.loads(told)[0]["top"]} == set("abcde")
+
+
+def test_a_model_of_other_classes_has_no_score(tamzoo, tmp_path, monkeypatch):
+    split = Split(pixels=random_crops(256, 32), labels=torch.zeros(256, dtype=torch.int64))
+    monkeypatch.setattr("tamzoo.data.load_split", lambda *where: split)
+    weights = tmp_path / "model.safetensors"
+    save_weights(weights, timm.create_model("resnet20_tam.cifar10", num_classes=5).state_dict())
+    command = ("evaluate", "resnet20_tam.cifar10", "--weights", weights, "--data", tmp_path)
+    refused(tamzoo(*command), "expected a model of 10 classes, as CIFAR-10 has, got one of 5")
 
 
 def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):

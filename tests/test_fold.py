@@ -172,6 +172,19 @@ def test_a_layer_whose_weights_are_made_from_others_cannot_take_a_gate(shaken, c
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_pruned_model_that_has_not_run_says_what_to_do(shaken):
+    model, x = make_static(shaken(timm.create_model("resnet20_tam.cifar10"))), torch.randn(2, 3, 32, 32)
+    prune.l1_unstructured(model.layer1[0].conv1, "weight", 0.3)
+    remember_gates(model, measure_gates(model, x))
+    model.zero_grad()
+    prune.l1_unstructured(model.layer1[1].conv1, "weight", 0.3)
+    with pytest.raises(ValueError, match="where layers are pruned, run it once under torch.no_grad"):
+        tamzoo.reparameterize_model(model)
+    with torch.no_grad():
+        model(x)
+    assert len(tamzoo.reparameterize_model(model).fold_report.folded) == 9
+
+
 def test_what_cannot_be_folded_is_refused():
     model = timm.create_model("resnet20_tam.cifar10")
     with pytest.raises(ValueError, match="call model.eval"):

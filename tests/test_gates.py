@@ -86,6 +86,18 @@ def test_remembered_gates_travel_with_the_state_dict(model):
         assert buffer.tolist() == pytest.approx([gate.mean, gate.min, gate.max])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_that_a_file_rounded_are_not_measured(model, dtype):
+    remember_gates(model, measure_gates(model, torch.randn(2, 3, 32, 32)))
+    state = model.state_dict()
+    model.load_state_dict(state)
+    assert all(gate.measured_gate.any() for gate in gates_of(model).values())
+    model.load_state_dict(
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    )
+    assert not any(gate.measured_gate.any() for gate in gates_of(model).values())
+
+
 def test_what_cannot_be_measured_is_refused(model):
     images = torch.randn(2, 3, 32, 32)
     with pytest.raises(ValueError, match="1 images cannot show whether a gate is static"):

@@ -58,11 +58,48 @@ def test_a_plain_checkpoint_has_the_classes_of_its_model(classes, tmp_path):
         (lambda: timm.create_model("resnet18"), "expected a model of tamzoo .* ResNet of tag 'a1_in1k'"),
         (lambda: torch.nn.ReLU(), "expected a model of tamzoo .* ReLU of tag None"),
         (lambda: timm.create_model(ENTRY, in_chans=1), "pictures of 3 channels.* this model takes 1"),
+        (lambda: timm.create_model(ENTRY, features_only=True), "expected a model of tamzoo"),
+        (lambda: timm.create_model(ENTRY).half(), "takes a float32 model, got one in torch.float16"),
+        (
+            lambda: timm.create_model("wrn10_4_plain.cifar10").double(),
+            "got one in torch.float64; pass model.f",
+        ),
+        (
+            lambda: timm.create_model(ENTRY, pretrained_cfg_overlay={"input_size": (3, 32, 64)}),
+            r"to check it on are \(3, 64, 64\), the model's configuration says \(3, 32, 64\)",
+        ),
     ],
 )
 def test_what_is_not_a_model_of_the_zoo_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         deployment(model().eval())
+
+
+def test_images_of_another_size_are_refused(made):
+    with pytest.raises(ValueError, match=r"are \(3, 48, 48\), the model's configuration says \(3, 32, 32\)"):
+        deployment(made.reference, pixels=random_crops(256, 48))
+
+
+def test_a_file_tells_the_names_of_classes_that_its_model_has():
+    names = list("abcde")
+    of_the_model = {"pretrained_cfg_overlay": {"label_names": names}}
+    model = timm.create_model(ENTRY, num_classes=5, **of_the_model).eval()
+    assert deployment(model).dataset.class_names == tuple(names)
+    assert deployment(model, labels="vwxyz").dataset.class_names == tuple("vwxyz")
+    with pytest.raises(ValueError, match="a model of 5 classes got 4 labels"):
+        deployment(model, labels="abcd")
+    assert deployment(timm.create_model(ENTRY, num_classes=4).eval()).dataset.class_names is None
+
+
+def test_not_every_gate_that_folds_is_proven():
+    """Nor is one whose constant is not what the proof is of."""
+    report = deployment(timm.create_model("wrn16_8_tam.cifar100", pretrained=True).eval()).report
+    assert report and len(report.folded) == 6 and 0 < len(report.proven or ()) < 6
+    model = timm.create_model(ENTRY, pretrained=True).eval()
+    with torch.no_grad():
+        model.layer3[0].se.tree[-1].bias += 0.03
+    report = deployment(model, tolerance=0.01).report
+    assert report and len(report.folded) == 3 and report.proven == ("layer1.0.se", "layer2.0.se")
 
 
 @pytest.mark.parametrize("uint8", [False, True])

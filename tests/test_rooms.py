@@ -9,13 +9,13 @@ import tamzoo
 
 ROOMS = tuple(
     """
-        allocator cache tree_cpu tree_triton tree attention progress recipes records findings class_names
-        datasets paper weights catalogue bounds backbones block_end wide_resnet checkpoint card_texts
-        card_training cards hub registry images shards sources data augment evaluate gates fold freeze
-        deploy onnx_export program_export quantise predict parts answers batch batch_ray spreads studies
-        latency results verify staging publish clock distributed snapshots journal subjects analysis
-        replay learner train finish session sweep plots plots_analysis terminal cli_predict cli_analyze
-        cli_gates cli_export cli_demo cli_train cli_hub cli __main__
+        allocator cache distributed tree_cpu tree_triton tree attention progress recipes records findings
+        class_names datasets paper weights catalogue bounds backbones block_end wide_resnet checkpoint
+        card_texts card_training cards hub registry images shards sources data augment evaluate gates fold
+        freeze deploy onnx_export program_export quantise predict parts answers batch batch_ray spreads
+        studies latency results verify staging publish clock snapshots journal subjects analysis replay
+        learner train finish session sweep plots plots_analysis terminal cli_predict cli_analyze cli_gates
+        cli_export cli_demo cli_train cli_hub cli __main__
     """.split()
 )
 PACKAGE = Path(tamzoo.__file__).parent
