@@ -1,6 +1,7 @@
 """A card's table of how the weights were trained, and by which commands again."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from tamzoo.card_texts import table
@@ -28,8 +29,7 @@ def training(record: Record) -> str:
         ("repeat", ", then ".join(f"`{command}`" for command in _commands(record))),
     ]
     if record.start:
-        earlier = [_earlier(run, record.entry) for run in record.start.runs]
-        rows.insert(1, ("began with", ", then ".join(earlier)))
+        rows.insert(1, ("began with", ", then ".join(_earlier(record))))
     return table([("", ""), *rows])
 
 
@@ -47,12 +47,14 @@ def _recipe(record: Record) -> str:
     )
 
 
-def _earlier(record: Record, entry: str) -> str:
-    other = f"{record.entry}, without its head: " if record.entry != entry else ""
-    return (
-        f"the weights of a run of {other}{_recipe(record)} (top-1 error {record.score.top1_error:.2f} %, "
-        f"commit `{record.commit}`, SHA-256 `{record.sha256}`)"
-    )
+def _earlier(record: Record) -> Iterable[str]:
+    for run, following in pairwise(record.runs):
+        head = ", but for the head," if run.entry != following.entry else ""
+        other = f"{run.entry}, " if run.entry != record.entry else ""
+        yield (
+            f"the weights{head} of a run of {other}{_recipe(run)} (top-1 error {run.score.top1_error:.2f} %, "
+            f"commit `{run.commit}`, SHA-256 `{run.sha256}`)"
+        )
 
 
 def _commands(record: Record) -> Iterable[str]:

@@ -136,7 +136,9 @@ def test_a_card_tells_of_the_run_whose_weights_it_began_with():
     assert "began with" not in render_card(entry, first)
     other = a_record(ENTRIES["resnet18_tam.cifar100"], recipe="short")
     text = render_card(entry, replace(second, start=other))
-    assert "| began with | the weights of a run of resnet18_tam.cifar100, without its head: short, 30" in text
+    assert (
+        "| began with | the weights, but for the head, of a run of resnet18_tam.cifar100, short, 30" in text
+    )
     assert "`tamzoo train resnet18_tam.cifar100 --recipe short" in text
 
 
