@@ -176,7 +176,6 @@ def test_a_pruned_model_that_has_not_run_says_what_to_do(shaken):
     model, x = make_static(shaken(timm.create_model("resnet20_tam.cifar10"))), torch.randn(2, 3, 32, 32)
     prune.l1_unstructured(model.layer1[0].conv1, "weight", 0.3)
     remember_gates(model, measure_gates(model, x))
-    model.zero_grad()
     prune.l1_unstructured(model.layer1[1].conv1, "weight", 0.3)
     with pytest.raises(ValueError, match="where layers are pruned, run it once under torch.no_grad"):
         tamzoo.reparameterize_model(model)
