@@ -136,7 +136,7 @@ class Trainer:
 
     def flops(self) -> float:
         """Of one step's convolutions and matrix products."""
-        call, self.call = self.call, self.model  # the counter does not see inside compiled code
+        call, self.call = self.call, self.model  # the counter may not see inside compiled code
         with FlopCounterMode(display=False) as counter:
             self._update(self.x, self.labels)
         self.call = call
@@ -170,8 +170,8 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
 
     Raises:
         ValueError: no such device, none that has CUDA graphs, or counts below their least.
-        RuntimeError: the first variant's process died, or another's once it had begun; its own message is on
-            stderr. One that cannot begin is left out.
+        RuntimeError: the first variant's process died; its own message is on stderr. Another one that dies is
+            left out.
     """
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: torch {torch.__version__} finds no CUDA device here")
@@ -187,34 +187,31 @@ def train(options: argparse.Namespace) -> tuple[list[tuple], dict[str, list[tupl
         end.close()  # so that the death of the process ends the wait for it
         pipes[variant].send("prepare")  # all side by side
 
-    def answer(variant: str) -> Any:
-        try:
-            return pipes[variant].recv()
-        except (EOFError, ConnectionError) as error:
-            raise RuntimeError(f"the process of {variant} died; what it said is above") from error
+    first, ready = options.variants[0], list(options.variants)
 
-    def ask(variant: str, order: str) -> Any:
-        pipes[variant].send(order)
-        return answer(variant)
+    def ask(order: str = "") -> dict[str, Any]:
+        """Of each variant that is ready, one after another, the answer to an order, or to the one before."""
+        answers = {}
+        for variant in list(ready):
+            try:
+                if order:
+                    pipes[variant].send(order)
+                answers[variant] = pipes[variant].recv()
+            except (EOFError, ConnectionError) as error:
+                died = f"the process of {variant} died; what it said is above"
+                if variant == first:
+                    raise RuntimeError(died) from error
+                print(f"{variant}: left out: {died}", file=sys.stderr)
+                ready.remove(variant)
+        return answers
 
-    first, ready = options.variants[0], []
-    for variant in options.variants:
-        try:
-            answer(variant)
-            ready.append(variant)
-        except RuntimeError as error:
-            if variant == first:
-                raise
-            print(f"{variant}: left out: {error}", file=sys.stderr)
-
-    rounds = [{v: ask(v, "seconds") for v in ready} for _ in range(options.warmup + options.rounds)]
-    rounds = rounds[options.warmup :]
+    ask()
+    rounds = [ask("seconds") for _ in range(options.warmup + options.rounds)][options.warmup :]
     rows: list[tuple] = [COLUMNS]
     name = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else ""
     peak = next((flops for key, flops in DENSE_PEAK.items() if key in name), None)
-    work = ask(first, "flops") if peak else 0.0  # attentions add next to none
-    memory = {variant: ask(variant, "peak_bytes") for variant in ready}
-    kernels = {variant: ask(variant, "kernels") for variant in ready if options.kernels}
+    work = ask("flops")[first] if peak else 0.0  # attentions add next to none
+    memory, kernels = ask("peak_bytes"), ask("kernels") if options.kernels else {}
     for variant in ready:
         seconds = statistics.median(times[variant] for times in rounds)
         ratio = statistics.median(times[variant] / times[first] for times in rounds)

@@ -113,7 +113,7 @@ class Scalar(nn.Module):
         return torch.sigmoid(self.logit.detach()).expand(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.logit)
+        return (x * torch.sigmoid(self.logit)).to(x.dtype)  # autocast makes it float32
 
 
 def _check_integer(name: str, value: int, least: int) -> None:

@@ -41,8 +41,13 @@ class GatedBlock:
             return f"{type(self.se).__name__} depends on its input by design"
         layer = getattr(self, self.last_affine)
         own = layer._parameters  # pruning and parametrizations make weights anew from others at every pass
-        if own.get("weight") is None or (layer.bias is not None and own.get("bias") is None):
+        weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
+        if own.get("weight") is None or (bias is not None and own.get("bias") is None):
             return f"{self.last_affine} ({type(layer).__name__}) has no weights of its own to fold into"
+        if not _is_affine(layer):
+            return (
+                f"{self.last_affine} ({type(layer).__name__}) does more than scale and shift, or has a hook"
+            )
         mean, low, high = self.se.measured_gate.double().tolist()
         if high == 0.0:
             return "not measured since its weights last changed"
@@ -59,11 +64,22 @@ class GatedBlock:
                     "(measure it again), or it is that only on the images measured"
                 )
         with torch.no_grad():
-            for parameter in (layer.weight, layer.bias):
+            for parameter in (weight, bias):
                 if parameter is not None:
                     parameter.mul_(mean)
         self.se = None
         return None
+
+
+def _is_affine(layer: nn.Module) -> bool:
+    """Whether a factor of weight and bias is one of what the layer gives; a ReLU behind them passes it."""
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
+    last = getattr(layer, "act", None)  # of timm's layers that normalise and activate
+    return (
+        isinstance(layer, kinds)
+        and (last is None or isinstance(last, (nn.Identity, nn.ReLU)))
+        and not (layer._forward_pre_hooks or layer._forward_hooks)
+    )
 
 
 class BasicBlock(GatedBlock, resnet.BasicBlock):

@@ -40,7 +40,10 @@ class Job:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What two calls must agree on to be of the same job: the input's files by name, size and time."""
+        """What two calls must agree on to be of the same job: the input's files by name, size and time.
+
+        Of a shard that names pictures it is the shard that counts: replaced pictures are not seen.
+        """
         listing = hashlib.sha256()
         for part in self.parts:
             stamps = [_stamp(path) for path in part.paths or (part.shard,)]
@@ -112,11 +115,12 @@ def check_output(out: Path) -> None:
     """Sees that a parquet file can be written there, before there is any work.
 
     Raises:
-        ValueError: no .parquet, no such folder, or a folder itself.
+        ValueError: no .parquet, no such folder, or a folder itself; or pyarrow is missing.
     """
     if out.suffix != ".parquet":
         raise ValueError(f"{out}: expected an output that ends in .parquet")
     check_output_file(out)
+    parquet_library()
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

@@ -57,7 +57,8 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
         high: As low.
     Returns:
         Gate name -> lower and upper bound in [0, 1]: 0 and 1 where the features may leave float32's range, or
-        come from a layer of which no rule is known, or which a hook or a subclass may have changed.
+        come from a layer of which no rule is known, which is in training mode, or which a hook or a subclass
+        may have changed.
     Raises:
         ValueError: training mode, or a coarser precision.
     """
@@ -69,6 +70,8 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
     low, high = low.double(), high.double()
     if found:
         with suppress(_Unknown, TraceError):
+            if model._forward_pre_hooks or "forward" in vars(model):  # which a trace leaves out
+                raise _Unknown
             _Regions(fx.GraphModule(model, _Tracer().trace(model)), found).run(
                 _region(low, high, (low + high) / 2)
             )
@@ -92,7 +95,8 @@ class _Region:
 
     Attributes:
         low: (1, c, h, w), the lower end of each one's interval; high, the upper.
-        centre: (1, c, h, w), what the input midway between the two gives, were nothing rounded.
+        centre: (1, c, h, w), what the input midway between the two gives, were nothing rounded and every
+            gate midway between its bounds.
         radius: (1, 1, h, w), the longest Euclidean distance of a position's c features from the centre's,
             each divided by its channel's `scale`.
         scale: (1, c, 1, 1), above 0.
@@ -139,12 +143,15 @@ class _Regions(fx.Interpreter):
     """A traced network on regions, from its input to its last gate, of which it writes the bounds.
 
     Raises:
-        _Unknown: a gate is called twice: what is found for the first call need not hold for the other.
+        _Unknown: a gate is called twice: what is found for the first call need not hold for the other. Or a
+            layer writes over what another still reads.
     """
 
     def __init__(self, traced: fx.GraphModule, gates: dict[str, tuple[float, float]]) -> None:
         called = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
         if any(called.count(name) > 1 for name in gates):
+            raise _Unknown
+        if any(_overwrites(node, traced) for node in traced.graph.nodes):
             raise _Unknown
         _join_convolutions(traced)
         super().__init__(traced)
@@ -171,8 +178,12 @@ class _Regions(fx.Interpreter):
             return _region(low, high, centre, None if pools else x.radius, x.scale, terms=0)
         raise _Unknown(target)
 
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
+        raise _Unknown(target)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
-        if target not in (operator.add, operator.iadd):
+        sums = target in (operator.add, operator.iadd)
+        if not (sums and all(isinstance(arg, _Region) for arg in args)):
             raise _Unknown(target)
         x, y = args
         radius = x.radius * x.scale.max() + y.radius * y.scale.max()
@@ -180,8 +191,27 @@ class _Regions(fx.Interpreter):
 
 
 def _plain(module: Any, *types: type[nn.Module]) -> bool:
-    """Whether a layer does what its type says: no subclass, nor hooks, by which pruning makes its weights."""
-    return type(module) in types and not module._forward_pre_hooks and not module._forward_hooks
+    """Whether a layer does what its type says in eval mode: no subclass, no method in place of its type's,
+    nor hooks, by which pruning makes its weights."""
+    return (
+        type(module) in types
+        and not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+        and not (module.training and isinstance(module, (*NORMS, nn.Dropout)))
+    )
+
+
+def _overwrites(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether it works in place on features that something else reads, too."""
+
+    def layer(node: fx.Node) -> nn.Module | None:
+        return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    if not (node.target is operator.iadd or getattr(layer(node), "inplace", False)):
+        return False
+    source: Any = node.args[0]
+    while len(source.users) == 1 and isinstance(layer(source), (nn.Identity, nn.Dropout)):
+        source = source.args[0]  # they give what they get
+    return len(source.users) > 1
 
 
 def _join_convolutions(traced: fx.GraphModule) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -35,17 +35,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written, or the disk is full; says which.
     """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        part.touch(exist_ok=False)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
-    os.close(handle)
-    part = Path(name)
     try:
         yield part
-        with part.open("rb") as file:
+        with part.open("r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
-        part.chmod(0o644)
         part.replace(path)
     except OSError as error:
         if error.filename or not error.errno:

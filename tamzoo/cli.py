@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,11 +141,18 @@ def evaluate(name: Name, data: Data = None, weights: Weights = None, device: Dev
 @app.command()
 def results() -> None:
     """Rewrite model_cards, results.csv and the README's table from rows and records (in a clone)."""
+    from tamzoo.hub import CARDS
     from tamzoo.plots import plot_gates
     from tamzoo.plots_analysis import plot_analysis
     from tamzoo.results import write_results
     from tamzoo.verify import write_cards
 
+    here = Path("model_cards")
+    if here.is_dir() and (CARDS is None or CARDS.resolve() != here.resolve()):
+        raise ValueError(
+            f"the installed tamzoo reads its records from {CARDS}, not from {here.resolve()}; install this "
+            "clone (pip install -e .) and run the command again"
+        )
     pages = write_results(Path.cwd())  # first: it sees that this is a clone
     cards = write_cards(Path("model_cards"), draw=plot_gates, draw_analysis=plot_analysis)
     for path in (*cards, *pages):
@@ -153,5 +162,7 @@ def results() -> None:
 def main() -> None:
     """Runs the command line; a ValueError, RuntimeError or OSError is one sentence and exit code 2."""
     keep_freed_memory()
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     with one_sentence():
         app()

@@ -71,7 +71,7 @@ def load_split(directory: Path, dataset: Dataset, split: str, progress: Progress
     Raises:
         ValueError: no such files, a damaged one, or other images than the published ones; names the file.
     """
-    if directory == HUB and not directory.is_dir():
+    if directory == HUB and not directory.is_dir() and dataset.counts:
         directory = fetch_from_hub(dataset, split)
     source = find_source(directory, dataset, split)
     cached = cache_folder() / f"{dataset.tag}-{split}-{_key(source)}.npy"

@@ -131,15 +131,10 @@ def write_checked(
     return parity
 
 
-def labels_of(model: nn.Module, dataset: Dataset) -> tuple[str, ...] | None:
-    """The data set's class names; None where the model has another number of classes."""
-    return dataset.class_names if model.num_classes == dataset.num_classes else None
-
-
 def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[str, Any]:
     """What every exported file tells about its input and output."""
     return {
-        "labels": labels_of(deployed, dataset),
+        "labels": dataset.class_names,
         "mean": dataset.mean,
         "std": dataset.std,
         "input_size": dataset.input_size,
@@ -178,9 +173,11 @@ class Deployment:
     told: dict[str, Any]
 
 
-def _as_told(model: Any, dataset: Dataset, cfg: dict[str, Any], labels: Sequence[str] | None) -> Dataset:
-    """The data set with the pixels that the model's configuration tells of, and the model's classes."""
-    classes, names = model.num_classes, cfg.get("label_names")
+def _with_classes(
+    dataset: Dataset, classes: int, cfg: dict[str, Any], labels: Sequence[str] | None
+) -> Dataset:
+    """The data set with the model's classes, of the names given or of those that its configuration has."""
+    names = cfg.get("label_names")
     if labels is not None and len(labels) != classes:
         raise ValueError(f"a model of {classes} classes got {len(labels)} labels; pass one for each")
     if labels is None and names is not None and len(names) == classes:
@@ -190,10 +187,6 @@ def _as_told(model: Any, dataset: Dataset, cfg: dict[str, Any], labels: Sequence
         num_classes=classes,
         class_names=None if labels is None else tuple(labels),
         counts=dataset.counts if classes == dataset.num_classes else {},
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        input_size=tuple(cfg["input_size"]),
-        crop_pct=cfg["crop_pct"],
     )
 
 
@@ -231,7 +224,16 @@ def deployment(
             f"export takes a float32 model, got one in {others.pop()}; pass model.float() "
             "(a file in float16 is made of it by --precision float16)"
         )
-    name, dataset = f"{cfg['architecture']}.{tag}", _as_told(model, DATASETS[tag], cfg, labels)
+    if model.training:
+        raise ValueError("export needs models in eval mode; call model.eval() first")
+    name = f"{cfg['architecture']}.{tag}"
+    dataset = replace(
+        DATASETS[tag],
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        input_size=tuple(cfg["input_size"]),
+        crop_pct=cfg["crop_pct"],
+    )
     if (channels := model.conv1.in_channels) != dataset.input_size[0]:  # pyright: ignore
         raise ValueError(
             f"{name}: exported files take pictures of {dataset.input_size[0]} channels, as its data set has; "
@@ -248,13 +250,16 @@ def deployment(
     if not keep_gates:
         deployed = reparameterize_model(model, tolerance=tolerance)
         report = report_of(deployed)
-        if bounds := bound_gates(model, *darkest_and_brightest(dataset)):
-            proven = (
-                name
-                for name, constant in report.folded.items()
-                if max(*bounds[name], constant) - min(*bounds[name], constant) <= GATE_TOLERANCE
-            )
-            report = replace(report, proven=tuple(proven))
+    with torch.inference_mode():  # its head may be another one than it was made with
+        classes = deployed(normalise(pixels[:1], dataset)).shape[1]
+    dataset = _with_classes(dataset, classes, cfg, labels)
+    if report and (bounds := bound_gates(model, *darkest_and_brightest(dataset))):
+        proven = (
+            name
+            for name, constant in report.folded.items()
+            if max(*bounds[name], constant) - min(*bounds[name], constant) <= GATE_TOLERANCE
+        )
+        report = replace(report, proven=tuple(proven))
     told = {
         "entry": name,
         "version": __version__,

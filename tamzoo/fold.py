@@ -33,7 +33,10 @@ class FoldReport:
         lines = [f"{len(self.folded)} of {len(self.folded) + len(self.kept)} gates folded"]
         if self.proven is not None:
             lines[0] += f", {len(self.proven)} of them proven to be constants for any picture"
-        lines += [f"  {name}: folded as {constant:.6f}" for name, constant in self.folded.items()]
+        lines += [
+            f"  {name}: folded as {constant:.6f}{', proven' * (name in (self.proven or ()))}"
+            for name, constant in self.folded.items()
+        ]
         lines += [f"  {name}: kept, {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ PICTURES = Path(__file__).parent / "pictures"
 SUFFIXES = frozenset(Image.registered_extensions())
 COMMON = ("JPEG", "PNG", "WEBP")  # tried first: Pillow asks its formats one by one
 SMALLEST = 8  # pixels a side; less than this shows nothing
+LONGEST = 100  # sides of a picture, the longer over the shorter
 READABLE = "expected a JPEG, PNG, WebP or another format that Pillow reads"
 ADVICE = {
     "RGBA": "its transparent pixels have no colour; flatten it on a background first",
@@ -38,13 +39,13 @@ def open_picture(path: Path) -> Image.Image:
 
 def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
     """A still 8-bit picture as RGB, upright; grey, palette and opaque RGBA pictures are converted, which
-    loses nothing.
+    loses nothing. Of a colour PNG's 16 bits a channel Pillow gives the upper eight.
 
     Args:
         name: What the picture is called in a message.
     Raises:
-        ValueError: not an image, damaged, animated, tiny, or of a mode whose conversion would have to
-            guess (transparency, CMYK, 16 bits).
+        ValueError: not an image, damaged, animated, tiny, huge, a strip, or of a mode whose conversion would
+            have to guess (transparency, CMYK, grey of 16 bits).
     """
     try:
         with _opened(source) as image:
@@ -52,10 +53,11 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames == 1:
                 image.load()
-                if "exif" in image.info:
-                    ImageOps.exif_transpose(image, in_place=True)
+                ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not a picture; {READABLE}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: too large for a picture ({error}); make it smaller first") from error
     except Exception as error:  # a damaged file makes Pillow's decoders fail in any way
         raise ValueError(f"{name}: a damaged picture ({error}); {READABLE}") from error
     if frames > 1:
@@ -63,6 +65,11 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
     if min(image.size) < SMALLEST:
         raise ValueError(
             f"{name}: {image.width}x{image.height} pixels; expected at least {SMALLEST}x{SMALLEST}"
+        )
+    if max(image.size) > LONGEST * min(image.size):  # resized by its shorter side, it would fill the memory
+        raise ValueError(
+            f"{name}: {image.width}x{image.height} pixels; expected one side at most {LONGEST} times as "
+            "long as the other; cut it first"
         )
     if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] == 255:  # opaque, as of screens
         image = image.convert(image.mode[:-1])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,7 @@ from tamzoo.checkpoint import locked, whole_file, write_whole
 from tamzoo.recipes import Recipe
 
 SESSIONS = ("commits", "hardware", "versions")  # of a run: those of each session that differ
+logger = logging.getLogger(__name__)
 LOG_FIELDS = ("epoch", "lr", "train_loss", "test_top1_error", "images_per_s", "seconds")
 
 
@@ -73,6 +75,8 @@ class Journal:
             raise ValueError(
                 f"{folder} holds a run of {entry}; pass --resume to go on, or choose another --out"
             )
+        if (folder / "log.csv").exists():
+            read_log(folder)  # a damaged one is told before there is any work
         # what ran is told when it starts: by its end the code on disk may be another
         here: dict[str, Any] = dict(zip(SESSIONS, (commit_here(), hardware, versions()), strict=True))
         for key in SESSIONS:
@@ -119,10 +123,13 @@ class Journal:
         if self._writer is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
             except ImportError:
                 self._writer = False
-            else:
-                self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch)
+            except Exception as error:  # an installation that clashes fails in any way; the run goes on
+                logger.warning("nothing is told to TensorBoard: %s", error)
+                self._writer = False
         if self._writer:
             for name in LOG_FIELDS[1:]:
                 self._writer.add_scalar(name, row[name], epoch)

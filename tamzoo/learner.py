@@ -188,9 +188,10 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def set_cudnn() -> None:
-    """Fastest algorithms, and float32 that is float32: by default cuDNN rounds its inputs to TF32."""
+    """Fastest algorithms, and float32 that is float32: cuDNN would round its inputs to TF32, cuBLAS may."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # as NVIDIA's containers set it
 
 
 def seed_of(seed: int, index: int, salt: int) -> int:

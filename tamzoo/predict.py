@@ -17,7 +17,7 @@ from torch import nn
 
 from tamzoo.checkpoint import sha256_of
 from tamzoo.images import open_picture
-from tamzoo.onnx_export import metadata_of, open_session
+from tamzoo.onnx_export import metadata_of, onnx_libraries, open_session
 from tamzoo.progress import Progress, silent
 
 BATCH = 64  # pictures a forward pass
@@ -225,7 +225,17 @@ def open_classifier(
         metadata["labels"] = read_labels(labels)
     classifier = onnx_classifier(session, metadata, str(path))
     told = {"labels": classifier.labels, "mean": classifier.mean, "std": classifier.std}
-    return replace(classifier, sha256=_identity(sha256_of(path), told))
+    return replace(classifier, sha256=_identity(_weights_of(path), told))
+
+
+def _weights_of(path: Path) -> str:
+    """The hash of an ONNX file, with those of the files in which it keeps its weights, where it has such."""
+    onnx, _ = onnx_libraries()
+    graph = onnx.load(str(path), load_external_data=False).graph
+    beside = {
+        item.value for tensor in graph.initializer for item in tensor.external_data if item.key == "location"
+    }
+    return "".join(sha256_of(file) for file in (path, *(path.parent / name for name in sorted(beside))))
 
 
 def read_labels(path: Path) -> list[str]:
@@ -235,7 +245,7 @@ def read_labels(path: Path) -> list[str]:
         ValueError: not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected a class name a line in UTF-8 ({error}); save it so") from error
 

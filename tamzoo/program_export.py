@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save
 
-from tamzoo.checkpoint import load_weights
+from tamzoo.checkpoint import HEAD, load_weights
 from tamzoo.deploy import Deployment, Parity, Run, as_input, as_texts, told_of, write_checked
 from tamzoo.onnx_export import ByteInput, export_deployment
 from tamzoo.progress import Progress, silent
@@ -45,7 +45,8 @@ def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress:
     told = {"format": "pt", "architecture": plain} | made.told | told_of(made.model, made.dataset)
 
     def load(part: Path) -> Run:
-        model = timm.create_model(plain, num_classes=made.model.num_classes).eval()
+        classes = made.dataset.num_classes if HEAD & state.keys() else 0
+        model = timm.create_model(plain, num_classes=classes).eval()
         load_weights(model, part, plain)
         return model
 

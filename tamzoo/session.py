@@ -131,7 +131,7 @@ def train_entries(
                 }
             if not _train_entry(name, out, splits[dataset.tag], order, ends, world, voice):
                 return False
-        except (ValueError, OSError, RuntimeError) as error:
+        except Exception as error:  # a compiler's are of any kind
             if len(folders) == 1 or world.size > 1:
                 raise
             if isinstance(error, torch.AcceleratorError):  # after one, nothing runs on the device any more

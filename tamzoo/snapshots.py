@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from tamzoo.checkpoint import whole_file
+from tamzoo.checkpoint import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,8 @@ def save_snapshot(folder: Path, step: int, state: dict[str, Tensor], told: dict[
     path = folder / f"snapshot-{step:08d}.safetensors"
     told = {**told, "step": str(step)}
     told["checksum"] = _checksum(tensors, told)
-    try:
-        with whole_file(path) as part:
-            save_file(tensors, part, metadata=told)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+    # save_file would write a file under a name of its own, and leave it where it is killed
+    write_whole(path, save(tensors, metadata=told))
     keep_newest(folder, 2)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tamzoo.records import GateStats
 
 DEMO_ENTRY = "resnet18_tam.cifar10"
-# Heavy libraries are imported inside the functions: `tamzoo --help` answers at once.
+# What only one command needs is imported inside its function.
 Name = Annotated[
     str, typer.Argument(help="Model or entry, for instance resnet18_tam or resnet18_tam.cifar10.")
 ]

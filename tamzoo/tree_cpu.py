@@ -59,6 +59,8 @@ def _build(command: list[str], folder: Path) -> Path:
                 text=True,
                 timeout=PATIENCE_S,
             )
+            with part.open("r+b") as file:
+                os.fsync(file.fileno())  # a short file would be taken for whole, and crash
             part.replace(built)
     return built
 

@@ -35,7 +35,7 @@ _SHA256 = {  # of model.safetensors, by recipe
         "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",
     },
     "restart-cpu": {
-        "resnext50_32x4d_tam.cifar100": "03f74579087ecd53dfaf207c26ad48f9bddb5626161d83f68db0e7f7463a768b",
+        "resnext50_32x4d_tam.cifar100": "4937d51952eda355204e4b2facc90ebae0ff7af96a1742ce9c8fb4bbe6a88c6b",
         "resnext50_32x4d_tam.cifar10": "473a6302181ae94d107635968bd3954eafad38221464c396968f1f3cc1d0150a",
         "wrn16_8_tam.cifar10": "7a31102b3f5981ec163213134184578d71ce9659dd4e52b0ff0a23597eeed4ab",
         "resnet18_tam.cifar10": "1ff1b2bc2cdc15802cd4b679936ea36eb8ba455c97c056794bb2a2d139989477",

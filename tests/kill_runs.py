@@ -45,8 +45,10 @@ def main(folder: Path, kills: int, seed: int) -> None:
             if not killed_in_a_fork(lambda out=out: train(out), delay):
                 break
             killed += 1
-            left = sorted(path.name for path in out.glob("*snapshot-*"))
+            left = sorted(path.name for path in out.glob("*.safetensors"))
             print(f"kill {killed} after {delay:.3f} s, left {left}")
+        odd = {path.name for path in out.iterdir()} - {path.name for path in (folder / "alone").iterdir()}
+        assert not odd, f"{out}: left behind {odd}"
         assert outcome(out) == alone, f"{out}: {outcome(out)}, expected {alone}"
         print(f"series {series} ended with the same weights and state")
         series += 1

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tamzoo import CBAM, SE, TAM
-from tamzoo.attention import Scalar
+from tamzoo.attention import ATTENTIONS, Scalar
 
 
 def gate_by_loops(module: TAM, pixel: list[float]) -> float:
@@ -117,3 +117,10 @@ def test_autocast_gates_stay_close():
     with torch.autocast("cpu", torch.bfloat16):
         found = module(x)
     torch.testing.assert_close(found.float(), module(x), rtol=0.05, atol=0.05)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("attention", [made for made in ATTENTIONS.values() if made])
+def test_what_autocast_made_half_as_wide_stays_so(attention):
+    x = torch.randn(2, 16, 4, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(16)(x).dtype == torch.bfloat16

@@ -417,6 +417,14 @@ def test_bad_inputs_are_refused_in_one_sentence(tamzoo, pictures, tmp_path):
     assert not (tmp_path / "out.parquet").exists() and not parts_folder(tmp_path / "out.parquet").exists()
 
 
+def test_without_pyarrow_there_is_one_sentence_and_no_folder(tamzoo, pictures, tmp_path, monkeypatch):
+    onnx = colour_onnx(tmp_path / "x.onnx")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    given = (pictures, "--onnx", onnx, *FOREIGN, "--out", tmp_path / "out.parquet")
+    refused(tamzoo("predict", *given), "parquet needs pyarrow; pip install")
+    assert not parts_folder(tmp_path / "out.parquet").exists()
+
+
 def test_bad_outputs_are_refused_before_any_work(tamzoo, pictures, tmp_path):
     refused(
         tamzoo("predict", pictures, "--out", tmp_path / "x.csv"), "expected an output that ends in .parquet"

@@ -218,6 +218,60 @@ def test_nor_within_a_tree(made):
     assert gate_bounds(gate, torch.zeros(1), torch.zeros(1)) == (0, 1)
 
 
+def hooked(model: nn.Module) -> None:
+    model.register_forward_pre_hook(lambda _, given: (given[0] + 3,))
+
+
+def training(model: nn.Module) -> None:
+    model[0].train()
+
+
+def replaced(model: nn.Module) -> None:
+    model[0].forward = lambda x: x + 5
+
+
+@pytest.mark.parametrize("change", [hooked, training, replaced])
+def test_of_a_model_that_a_trace_misses_something_of_nothing_is_known(change):
+    model, zeros = nn.Sequential(nn.Dropout(), reading()).eval(), torch.zeros(1, 1, 4, 4)
+    assert bound_gates(model, zeros, zeros) != {"1": (0, 1)}
+    change(model)
+    assert bound_gates(model, zeros, zeros) == {"1": (0, 1)}
+
+
+class Kept(nn.Module):
+    """What enters is read again behind the layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.same, self.layer, self.gate = nn.Conv2d(1, 1, 1), nn.Identity(), layer, reading()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.gate(self.layer(self.same(x)) + x)
+
+
+def test_what_is_written_over_while_it_is_wanted_is_unknown():
+    x = torch.full((1, 1, 1, 1), -2.0)
+    assert bound_gates(Kept(nn.ReLU()).eval(), x, x) != {"gate": (0, 1)}
+    assert bound_gates(Kept(nn.ReLU(inplace=True)).eval(), x, x) == {"gate": (0, 1)}
+
+
+class Method(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
+class Constant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+@pytest.mark.parametrize("layer", [Method(), Constant()])
+def test_behind_operations_without_a_rule_nothing_is_known(layer):
+    zeros = torch.zeros(1, 1, 4, 4)
+    assert bound_gates(nn.Sequential(layer, reading()).eval(), zeros, zeros) == {"1": (0, 1)}
+
+
 def test_a_convolution_whose_result_is_wanted_twice_is_not_joined():
     class Twice(nn.Module):
         def __init__(self) -> None:

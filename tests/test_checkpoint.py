@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import os
 import re
 
 import pytest
@@ -107,6 +108,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         part.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "x.json", "{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from tamzoo.checkpoint import save_weights
 from tamzoo.data import Split
 from tamzoo.images import PICTURES, random_crops
 from tamzoo.onnx_export import metadata_of, open_session
-from tamzoo.results import record_of
+from tamzoo.results import README_MARKS, record_of
+from tests.colours import colour_onnx
 from tests.conftest import refused
 from tests.standins import a_record
 
@@ -295,6 +297,40 @@ def test_results_outside_a_clone_are_refused_and_nothing_is_written(tamzoo, tmp_
     (tmp_path / "README.md").write_text("another project's")
     refused(tamzoo("results"), "the README lacks the marks")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_results_are_not_written_from_the_records_of_another_installation(tamzoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(" ".join(README_MARKS))
+    (tmp_path / "model_cards").mkdir()
+    refused(tamzoo("results"), "reads its records from", "install this clone")
+    assert (tmp_path / "README.md").read_text() == " ".join(README_MARKS)
+
+
+def test_a_name_that_the_terminal_cannot_show_costs_no_answer(tmp_path):
+    for name in ("a.png", "\N{SNOWMAN}.png", "z.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    onnx = colour_onnx(tmp_path / "x.onnx")
+    zeros, ones = ["0"] * 3, ["1"] * 3
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tamzoo",
+            "predict",
+            tmp_path,
+            "--onnx",
+            onnx,
+            "--mean",
+            *zeros,
+            "--std",
+            *ones,
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert told.returncode == 0, told.stderr.decode()
+    assert [name in told.stdout for name in (b"a.png", b"\\u2603.png", b"z.png")] == [True] * 3
 
 
 @pytest.mark.parametrize("command", ["evaluate", "gates", "analyze"])

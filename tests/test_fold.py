@@ -1,13 +1,16 @@
 import copy
 from dataclasses import replace
+from functools import partial
 from math import nan
 
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch.nn.utils import parametrizations, prune
 
 import tamzoo
+from tamzoo.fold import FoldReport
 from tamzoo.gates import gates_of, measure_gates, remember_gates
 
 FAMILIES = ("resnet18", "resnet50", "resnext50_32x4d", "wrn10_4", "resnet20")
@@ -170,6 +173,32 @@ def test_a_layer_whose_weights_are_made_from_others_cannot_take_a_gate(shaken, c
     assert len(folded.fold_report.folded) == 8
     assert "has no weights of its own to fold into" in folded.fold_report.kept["layer1.1.se"]
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("act", "folds"), [(torch.nn.GELU, 0), (torch.nn.SiLU, 0), (torch.nn.ReLU, 9), (torch.nn.Identity, 9)]
+)
+def test_a_gate_folds_into_a_norm_only_where_a_factor_passes_its_activation(act, folds, shaken):
+    norm = partial(BatchNormAct2d, act_layer=act)
+    model = make_static(shaken(timm.create_model("resnet20_tam.cifar10", norm_layer=norm)))
+    x = torch.randn(2, 3, 32, 32)
+    folded = tamzoo.reparameterize_model(model, measure_gates(model, x))
+    assert len(folded.fold_report.folded) == folds
+    assert all("does more than scale and shift" in why for why in folded.fold_report.kept.values())
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gate_behind_a_hook_stays(shaken):
+    model, x = make_static(shaken(timm.create_model("resnet20_tam.cifar10"))), torch.randn(2, 3, 32, 32)
+    model.layer1[0].bn2.register_forward_hook(lambda layer, given, x: x.clamp(max=0.5))
+    folded = tamzoo.reparameterize_model(model, measure_gates(model, x))
+    assert list(folded.fold_report.kept) == ["layer1.0.se"]
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_tells_which_gates_are_proven():
+    report = FoldReport(folded={"a": 0.5, "b": 0.25}, kept={}, tolerance=1e-4, proven=("b",))
+    assert str(report).splitlines()[1:] == ["  a: folded as 0.500000", "  b: folded as 0.250000, proven"]
 
 
 def test_a_pruned_model_that_has_not_run_says_what_to_do(shaken):

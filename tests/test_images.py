@@ -94,6 +94,27 @@ def test_tiny_pictures_are_refused(tmp_path):
         open_picture(path)
 
 
+def test_a_strip_is_refused_before_it_fills_the_memory(tmp_path):
+    path = saved(tmp_path, "x.png", Image.new("1", (10_000, 8)))
+    with pytest.raises(
+        ValueError, match="x.png: 10000x8 pixels; expected one side at most 100 times as long"
+    ):
+        open_picture(path)
+    assert open_picture(saved(tmp_path, "x.png", Image.new("1", (800, 8)))).size == (800, 8)
+
+
+def test_too_many_pixels_are_no_damage(tmp_path, monkeypatch):
+    path = saved(tmp_path, "x.png", Image.new("1", (100, 100)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="x.png: too large for a picture"):
+        open_picture(path)
+
+
+def test_an_orientation_that_only_xmp_tells_is_seen(tmp_path):
+    told = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert open_picture(saved(tmp_path, "x.jpg", Image.new("RGB", (20, 10)), xmp=told)).size == (10, 20)
+
+
 def test_what_is_no_picture_is_refused(tmp_path):
     text = tmp_path / "x.jpg"
     text.write_text("not a picture")

@@ -6,7 +6,7 @@ import onnx
 import pytest
 import timm
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from PIL import Image
 from timm.data import create_transform
 
@@ -14,7 +14,7 @@ from tamzoo.answers import answer
 from tamzoo.datasets import DATASETS
 from tamzoo.deploy import as_texts, deployment, told_of
 from tamzoo.images import PICTURES, open_picture
-from tamzoo.predict import Classifier, open_classifier, predict, torch_classifier
+from tamzoo.predict import Classifier, open_classifier, predict, read_labels, torch_classifier
 from tests.colours import LABELS, colour_classifier, colour_onnx
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -220,3 +220,18 @@ def test_shipped_pictures_may_be_of_any_size(tmp_path):
     answers = predict(open_classifier(path, mean=MEAN, std=STD), sorted(PICTURES.glob("*.jpg")))
     assert len(answers) == 5 and all(sum(p for _, p in answer) == pytest.approx(1) for answer in answers)
     assert open_picture(PICTURES / "cat.jpg").size != (8, 8)
+
+
+def test_weights_beside_an_onnx_file_are_part_of_what_it_is(tmp_path):
+    model = onnx.load(colour_onnx(tmp_path / "x.onnx"))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "weights"))
+    path = tmp_path / "y.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="y.data", size_threshold=0)
+    before = open_classifier(path, mean=MEAN, std=STD).sha256
+    (tmp_path / "y.data").write_bytes(np.zeros(3, np.float32).tobytes())
+    assert open_classifier(path, mean=MEAN, std=STD).sha256 != before
+
+
+def test_labels_of_a_windows_editor_are_read(tmp_path):
+    (tmp_path / "labels.txt").write_bytes("\ufeffcat\r\nsea\u2028lion\r\n".encode())
+    assert read_labels(tmp_path / "labels.txt") == ["cat", "sea\u2028lion"]

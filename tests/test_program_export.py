@@ -91,6 +91,18 @@ def test_a_file_tells_the_names_of_classes_that_its_model_has():
     assert deployment(timm.create_model(ENTRY, num_classes=4).eval()).dataset.class_names is None
 
 
+def test_a_head_that_was_replaced_decides_how_many_classes_there_are(tmp_path):
+    model = timm.create_model(ENTRY, pretrained=True).eval()
+    model.fc = torch.nn.Linear(model.num_features, 5)
+    assert deployment(model).dataset.class_names is None
+    assert deployment(model, labels="abcde").dataset.class_names == tuple("abcde")
+    with pytest.raises(ValueError, match="a model of 5 classes got 10 labels"):
+        deployment(model, labels="abcdefghij")
+    export_plain(deployment(model), tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="call model.eval"):
+        deployment(model.train(), keep_gates=True)
+
+
 def test_not_every_gate_that_folds_is_proven():
     """Nor is one whose constant is not what the proof is of."""
     report = deployment(timm.create_model("wrn16_8_tam.cifar100", pretrained=True).eval()).report

@@ -389,10 +389,10 @@ def test_rate_and_time_left_are_not_those_of_the_first_step_which_compiles(tmp_p
     assert [moment.eta_s for moment in seen[:3]] == [8 * 35, 7 * 6, 6 * 6]  # a snapshot before each step
 
 
-def test_float32_is_not_rounded_to_tf32(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+def test_float32_is_not_rounded_to_tf32(tmp_path):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     tiny_run(tmp_path)
-    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(stopped):
@@ -704,6 +704,25 @@ def test_a_failing_entry_does_not_stop_the_queue(small_data):
         train_entries(folders, order, small_data, math.inf, CPU, Voice(say=said.append))
     assert "not the description of a run" in said[0] and "weights in" in said[-1]
     assert (folders[names[1]] / "record.json").is_file()
+
+
+def test_a_compilers_error_stops_one_entry_and_not_the_queue(small_data, monkeypatch):
+    """Triton's are no RuntimeError."""
+
+    def fail(run, *_):
+        raise AssertionError("out of registers")
+
+    monkeypatch.setattr("tamzoo.train.Run.train", fail)
+    folders, said = {name: small_data / name for name in ("resnet20_tam.cifar10", "wrn10_4_tam.cifar10")}, []
+    with pytest.raises(ValueError, match="2 of 2 entries failed"):
+        train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, Voice(say=said.append))
+    assert said[-1] == "wrn10_4_tam.cifar10: failed: out of registers"
+
+
+def test_a_damaged_log_is_told_before_there_is_any_work(stopped):
+    (stopped / "log.csv").write_text("epoch,lr\n1,x\n")
+    with pytest.raises(ValueError, match="log.csv"):
+        tiny_run(stopped, resume=True)
 
 
 def test_a_failing_device_stops_the_queue(small_data, monkeypatch):
