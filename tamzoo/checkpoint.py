@@ -19,6 +19,7 @@ from tamzoo.records import Record, read_record
 WEIGHTS = "model.safetensors"  # in the folder of an entry or of a run, record.json beside it
 HEAD = {"fc.weight", "fc.bias"}
 ADAPTABLE = {"conv1.weight", *HEAD}  # timm fits them to other channels and classes
+HALF_WRITTEN = f".*.{'[0-9a-f]' * 8}.*"  # what `whole_file` leaves of files with a suffix where it is killed
 
 
 def sha256_of(path: Path) -> str:

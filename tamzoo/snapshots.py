@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tamzoo.checkpoint import write_whole
+from tamzoo.checkpoint import HALF_WRITTEN, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def save_snapshot(folder: Path, step: int, state: dict[str, Tensor], told: dict[
 
 def keep_newest(folder: Path, n: int) -> None:
     """Deletes all snapshots but n, and what a killed process left half-written."""
-    for path in [*_paths(folder)[n:], *folder.glob(".snapshot-*")]:
+    for path in [*_paths(folder)[n:], *folder.glob(HALF_WRITTEN)]:
         path.unlink(missing_ok=True)
 
 

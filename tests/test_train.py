@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tamzoo import journal, snapshots
 from tamzoo.catalogue import ENTRIES, QUEUE
-from tamzoo.checkpoint import load_weights, sha256_of
+from tamzoo.checkpoint import load_weights, sha256_of, whole_file
 from tamzoo.datasets import DATASETS
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
@@ -420,9 +420,13 @@ def test_weights_that_are_not_finite_are_not_kept(stopped):
 
 
 def test_snapshots_are_few_and_half_written_ones_go(stopped):
-    (stopped / ".snapshot-00000007.safetensors.x.safetensors").write_bytes(b"half")
+    for name in ("snapshot-00000007.safetensors", "model.safetensors", "log.csv"):
+        with pytest.raises(KeyboardInterrupt), whole_file(stopped / name) as part:
+            raise KeyboardInterrupt
+        part.write_bytes(b"half")  # as a kill would leave it
     snapshots.keep_newest(stopped, 1)
     assert [path.name for path in stopped.glob("*snapshot-*")] == ["snapshot-00000005.safetensors"]
+    assert [path.name for path in stopped.glob(".*")] == [".lock"]
 
 
 class _NoWaiting(TorchDispatchMode):
