@@ -154,7 +154,7 @@ def results() -> None:
             "clone (pip install -e .) and run the command again"
         )
     pages = write_results(Path.cwd())  # first: it sees that this is a clone
-    cards = write_cards(Path("model_cards"), draw=plot_gates, draw_analysis=plot_analysis)
+    cards = write_cards(here, draw=plot_gates, draw_analysis=plot_analysis)
     for path in (*cards, *pages):
         print(path)
 

@@ -30,9 +30,8 @@ def analyze(
     from tamzoo.checkpoint import write_whole
     from tamzoo.data import Split, data_directory, load_split
     from tamzoo.findings import ANALYSIS
-    from tamzoo.plots import check_picture, plot_gates
+    from tamzoo.plots import check_picture
     from tamzoo.plots_analysis import plot_analysis
-    from tamzoo.records import read_record
     from tamzoo.subjects import check_peers, known_peers, subject
 
     kinds = [f".{each}" for each in kind or ("png", "svg")]
@@ -54,10 +53,7 @@ def analyze(
     found = analyse(main, peers, split.to(place), bar)
     write_whole(out / ANALYSIS, found.to_json())
     _tell(found)
-    record = read_record(out / "record.json") if (out / "record.json").is_file() else None
     for path in plot_analysis(found, out, kinds):
-        if path.stem == "gates" and record and record.sha256 == found.sha256 and record.gates:
-            plot_gates(record.gates, path)  # a card's picture is of all images, as its table
         print(path)
 
 

@@ -1,6 +1,7 @@
 """Pictures of an analysis: the figures of the paper's section 4."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil, floor, log10
 from operator import attrgetter
 from pathlib import Path
@@ -19,6 +20,7 @@ from tamzoo.plots import (
     plot_gates,
     save,
 )
+from tamzoo.records import read_record
 from tamzoo.spreads import BINS_A_DECADE, MEAN_BINS
 
 FLAT_ROW = -14  # where the decimal logarithm of a variance of at most 1e-12 is drawn
@@ -192,11 +194,16 @@ FIGURES: dict[str, Callable[[Analysis, Path], None]] = {
 def plot_analysis(analysis: Analysis, folder: Path, kinds: Sequence[str] = (".png",)) -> list[Path]:
     """Draws all that an analysis holds into a folder, `lesions.png` and so on; returns the files.
 
+    Where the folder holds the record of these weights, gates are drawn as that has them, of all images.
+
     Args:
         kinds: Of .png, .svg and .pdf.
     Raises:
-        ValueError: no matplotlib, or another kind of picture.
+        ValueError: no matplotlib, another kind of picture, or a record that cannot be read.
     """
+    record = read_record(path) if (path := folder / "record.json").is_file() else None
+    if record and record.sha256 == analysis.sha256 and record.gates:
+        analysis = replace(analysis, gates=record.gates)
     paths = [folder / f"{name}{kind}" for name in analysis.figures for kind in kinds]
     for path in paths:
         FIGURES[path.stem](analysis, path)

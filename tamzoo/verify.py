@@ -77,15 +77,14 @@ def write_cards(
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, text)
                 changed.append(file)
-        picture = folder / "gates.png"
-        stale = not picture.exists() or folder / "config.json" in changed
         if (
             draw_analysis
             and analysis
             and not all((folder / path).is_file() for path in pictures(record, analysis))
         ):
             changed += draw_analysis(analysis, folder)
-            stale = True  # with gates as the analysis saw them, maybe on fewer images
+        picture = folder / "gates.png"
+        stale = not picture.exists() or folder / "config.json" in changed
         if draw and record and record.gates and stale:
             draw(record.gates, picture)
             changed.append(picture)

@@ -128,6 +128,21 @@ def test_every_figure_is_drawn_small_and_the_same_each_time(found, tmp_path):
         assert first.read_bytes() == again.read_bytes()
 
 
+def test_beside_a_record_gates_are_drawn_as_that_has_them(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    from tamzoo.plots import plot_gates
+    from tamzoo.plots_analysis import plot_analysis
+
+    gates = [replace(gate, n=10_000) for gate in found.gates]
+    plot_gates(gates, tmp_path / "all.png")
+    for sha256, same in ((found.sha256, True), ("0" * 64, False)):
+        record = replace(a_record(ENTRIES[found.entry], sha256), gates=gates)
+        (tmp_path / "record.json").write_text(record.to_json())
+        plot_analysis(found, tmp_path)
+        drawn, wanted = ((tmp_path / name).read_bytes() for name in ("gates.png", "all.png"))
+        assert (drawn == wanted) == same
+
+
 def test_no_log_is_no_curve(found, tmp_path):
     pytest.importorskip("matplotlib")
     from tamzoo.plots_analysis import plot_analysis

@@ -311,24 +311,9 @@ def test_a_name_that_the_terminal_cannot_show_costs_no_answer(tmp_path):
     for name in ("a.png", "\N{SNOWMAN}.png", "z.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     onnx = colour_onnx(tmp_path / "x.onnx")
-    zeros, ones = ["0"] * 3, ["1"] * 3
-    told = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tamzoo",
-            "predict",
-            tmp_path,
-            "--onnx",
-            onnx,
-            "--mean",
-            *zeros,
-            "--std",
-            *ones,
-        ],
-        capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-    )
+    command = [sys.executable, "-m", "tamzoo", "predict", tmp_path, "--onnx", onnx]
+    command += "--mean 0 0 0 --std 1 1 1".split()
+    told = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert told.returncode == 0, told.stderr.decode()
     assert [name in told.stdout for name in (b"a.png", b"\\u2603.png", b"z.png")] == [True] * 3
 
