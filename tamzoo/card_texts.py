@@ -38,7 +38,7 @@ $front
 ---
 # $name
 
-$what Trained on $dataset; one of the models of
+$what Trained on $trained_on; one of the models of
 [$source](https://github.com/$source), an implementation of [$paper]($paper_url).
 
 ## Results
@@ -60,7 +60,7 @@ With timm (`pip install git+https://github.com/$source`);
 weights are checked against the SHA-256 in tamzoo's catalogue:
 
 ```python
-import tamzoo  # registers the architectures
+${whose}import tamzoo  # registers the architectures
 import timm
 import torch
 from PIL import Image
@@ -86,7 +86,7 @@ model = timm.create_model("hf-hub:$hub_id", pretrained=True).eval()
 With torch.hub:
 
 ```python
-import torch
+${whose}import torch
 
 options = dict(tag="$tag", pretrained=True, trust_repo=True)
 model = torch.hub.load("$source", "$model", **options).eval()

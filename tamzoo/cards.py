@@ -19,7 +19,8 @@ from tamzoo.card_texts import (
     table,
 )
 from tamzoo.card_training import training
-from tamzoo.catalogue import OWNER, Entry
+from tamzoo.catalogue import ENTRIES, OWNER, Entry
+from tamzoo.datasets import Dataset
 from tamzoo.findings import Analysis
 from tamzoo.paper import PAPER_TITLE
 from tamzoo.records import GateStats, Record
@@ -44,6 +45,7 @@ def render_card(
     for what, found in (("record", record), ("analysis", analysis), ("run", run)):
         if found is not None and found.entry != entry.name:
             raise ValueError(f"{entry.name}: the {what} is of {found.entry}")
+    datasets = trained_on(record) if record else [entry.dataset]
     texts: dict[str, Any] = {
         "front": "\n".join(_front_matter(entry, record)),
         "name": entry.name,
@@ -52,7 +54,7 @@ def render_card(
         "source": SOURCE,
         "paper": PAPER_TITLE,
         "paper_url": PAPER_URL,
-        "licence": DATA_LICENCES[entry.dataset.tag],
+        "licence": " ".join(DATA_LICENCES[dataset.tag] for dataset in datasets),
         "citation": CITATION,
     }
     if record is None:
@@ -60,6 +62,7 @@ def render_card(
         claim = _score(run) if run else UNCLAIMED
         return UNTRAINED.substitute(texts, claim=claim, cell=_paper_text(entry) + how)
     c, h, w = entry.dataset.input_size
+    whose = f'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "{owner}"  # before tamzoo is imported\n\n'
     theirs = "; the paper's errors are of its best test epoch" if entry.paper else ""
     note = f" ({record.score.data_note})" if record.score.data_note else ""
     return TRAINED.substitute(
@@ -74,6 +77,8 @@ def render_card(
         training=training(record),
         last=" of the last run" * bool(record.start),
         hub_id=f"{owner}/{entry.name}",
+        whose="" if owner == OWNER else whose,
+        trained_on=", then ".join(dataset.title for dataset in datasets),
         model=entry.model,
         tag=entry.dataset.tag,
         c=c,
@@ -82,6 +87,11 @@ def render_card(
         classes=entry.dataset.num_classes,
         gates=_gates(record.gates) + _analysis(analysis),
     )
+
+
+def trained_on(record: Record) -> list[Dataset]:
+    """The data sets whose images have part in a record's weights, in the order of its runs."""
+    return list(dict.fromkeys(ENTRIES[run.entry].dataset for run in record.runs))
 
 
 def _front_matter(entry: Entry, record: Record | None) -> Iterable[str]:
@@ -95,7 +105,9 @@ def _front_matter(entry: Entry, record: Record | None) -> Iterable[str]:
     if record is None:
         yield "- untrained"
         return
-    yield f"datasets:\n- {entry.dataset.hub_id}"
+    yield "datasets:"
+    for dataset in trained_on(record):
+        yield f"- {dataset.hub_id}"
     yield "metrics:\n- accuracy"
     yield f"model-index:\n- name: {entry.name}\n  results:"
     yield "  - task:\n      type: image-classification\n      name: Image Classification"

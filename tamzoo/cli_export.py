@@ -50,6 +50,8 @@ def export(
     from tamzoo.program_export import exporter_for
 
     check_output_file(output)
+    if keep_gates and tolerance is not None:
+        raise ValueError("--tolerance is of gates that are folded; leave it out, or --keep-gates")
     write = exporter_for(output)
     if precision != "float32" and write is not export_deployment:
         raise ValueError(f"{output}: --precision {precision} is of .onnx files; leave it out, or name one")

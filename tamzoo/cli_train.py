@@ -27,7 +27,7 @@ def _seconds(found: float) -> float:
 
 Budget = Annotated[
     float,
-    typer.Option(help="Seconds; a later call goes on (of one entry: with --resume).", callback=_seconds),
+    typer.Option(help="Seconds; a later call goes on ('train NAME': with --resume).", callback=_seconds),
 ]
 Compile = Annotated[
     Literal["no", "model", "blocks"] | None,

@@ -226,7 +226,15 @@ def deployment(
         )
     if model.training:
         raise ValueError("export needs models in eval mode; call model.eval() first")
+    if others := {parameter.device.type for parameter in model.parameters()} - {"cpu"}:
+        raise ValueError(f"export takes a model on the CPU, got one on {others.pop()}; pass model.cpu()")
     name = f"{cfg['architecture']}.{tag}"
+    for key, taken in {"interpolation": "bicubic", "crop_mode": "center"}.items():
+        if (found := cfg.get(key, taken)) != taken:
+            raise ValueError(
+                f"{name}: exported files take pictures prepared by {key} {taken!r}, the model's configuration"
+                f" says {found!r}; train with {taken!r}"
+            )
     dataset = replace(
         DATASETS[tag],
         mean=tuple(cfg["mean"]),

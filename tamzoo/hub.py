@@ -20,7 +20,8 @@ from tamzoo.catalogue import Entry
 from tamzoo.checkpoint import WEIGHTS, check_weights_file, sha256_of
 
 _STRANGE = (FileMetadataError, JSONDecodeError, KeyError, TypeError)  # of answers that are not a Hub's
-HUB_ERRORS = (HTTPError, OSError, ValueError, EntryNotFoundError, *_STRANGE)
+# hf_xet raises RuntimeError
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError, *_STRANGE)
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 _PACKAGE = Path(__file__).parent
 CARDS = next(
@@ -131,6 +132,8 @@ def explain(error: BaseException, repo: str, revision: str | None = None, endpoi
     if isinstance(cause, OSError) and cause.strerror:
         place = cause.filename or "the cache"
         return f"{place}: {cause.strerror}; free or choose another folder with cache_dir or HF_HOME"
+    if "Data processing error" in str(cause):  # hf_xet's
+        return f"the transfer failed ({str(cause).strip()}); try again, or with HF_HUB_DISABLE_XET=1"
     if "Consistency check failed" in str(cause):
         return f"the download from {endpoint} was cut short; try again"
     return str(cause).strip(". \n").replace("\n", " ")

@@ -9,7 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 PICTURES = Path(__file__).parent / "pictures"
-SUFFIXES = frozenset(Image.registered_extensions())
+# What Pillow hands to another program (a PostScript program need not end), only recognises or only writes
+UNREAD = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PALM"}
+SUFFIXES = frozenset(end for end, kind in Image.registered_extensions().items() if kind not in UNREAD)
 COMMON = ("JPEG", "PNG", "WEBP")  # tried first: Pillow asks its formats one by one
 SMALLEST = 8  # pixels a side; less than this shows nothing
 LONGEST = 100  # sides of a picture, the longer over the shorter
@@ -84,7 +86,7 @@ def _opened(source: Path | BinaryIO) -> Image.Image:
     try:
         return Image.open(source, formats=COMMON)
     except UnidentifiedImageError:
-        return Image.open(source)
+        return Image.open(source, formats=[kind for kind in Image.OPEN if kind not in UNREAD])
 
 
 def shipped_pictures() -> list[Path]:

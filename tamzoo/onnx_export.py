@@ -185,6 +185,8 @@ def export_onnx(
         ValueError: too few images, training mode, or the parity fails: then there is no file.
     """
     onnx, _ = onnx_libraries()
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     if deployed.training:
         raise ValueError("export needs models in eval mode; call model.eval() first")
     graph = HalfInside(deployed).eval() if float16 else deployed
@@ -204,6 +206,9 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None
+        ClearMetadataAndDocStringPass()(
+            program.model
+        )  # of each node the source lines, with this machine's paths
         model = program.model_proto
         onnx.helper.set_model_props(model, as_texts(told))
         onnx.checker.check_model(model, full_check=True)

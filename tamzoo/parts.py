@@ -97,6 +97,8 @@ def list_parts(given: Collection[str], out: Path, column: str | None = None) -> 
             part = Part(index=len(parts), n=n, shard=path, column=name, start=start, group=group)
             parts.append(part)
     close()
+    if column and parts and not any(part.shard for part in parts):
+        raise ValueError(f"column {column!r} is of parquet files, and there are none; leave out --column")
     if not parts:
         raise ValueError(f"{', '.join(given)}: no rows, so nothing to predict")
     return parts

@@ -17,6 +17,12 @@ KINDS = (".png", ".svg", ".pdf")
 GREY = "0.45"
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """How the line of that index is drawn; no two of 32 alike."""
+    dashes = DASHES[(index + index // len(COLOURS)) % len(DASHES)]
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
+
+
 class Placed(Protocol):
     """A row of a record that belongs to a block."""
 
@@ -50,8 +56,7 @@ def plot_curves(curves: Sequence[Curve], out: Path) -> None:
         axes.plot(
             range(1, len(errors) + 1),
             errors,
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=DASHES[index % len(DASHES)],
+            **line_style(index),
             marker="o" if len(errors) == 1 else None,
             label=f"{curve.model}: {errors[-1]:.2f} %" if errors else curve.model,
         )

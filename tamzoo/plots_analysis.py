@@ -10,11 +10,11 @@ from typing import Any
 from tamzoo.findings import Analysis, Spread, SweptSize
 from tamzoo.plots import (
     COLOURS,
-    DASHES,
     GREY,
     MARKERS,
     canvas,
     legend_below,
+    line_style,
     mark_stages,
     plot_curves,
     plot_gates,
@@ -168,8 +168,7 @@ def plot_weights(analysis: Analysis, out: Path) -> None:
         axes.plot(
             [row.block for row in rows],
             [row.variance for row in rows],
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=DASHES[index % len(DASHES)],
+            **line_style(index),
             marker=MARKERS[index % len(MARKERS)],
             label=model,
         )

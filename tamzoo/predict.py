@@ -43,6 +43,8 @@ class Classifier:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
     raw: bool = False
     sha256: str = ""
 
@@ -70,8 +72,8 @@ class Classifier:
 
     @cached_property
     def _crop(self) -> Any:
-        size, crop = self.input_size, self.crop_pct
-        return create_transform(size, interpolation="bicubic", crop_pct=crop, normalize=False)
+        how = {"interpolation": self.interpolation, "crop_mode": self.crop_mode}
+        return create_transform(self.input_size, crop_pct=self.crop_pct, normalize=False, **how)
 
     def _normalised(self, pixels: np.ndarray) -> np.ndarray:
         """In numpy: torch would start threads of its own beside each thread that predicts."""
@@ -91,7 +93,8 @@ def torch_classifier(model: nn.Module) -> Classifier:
         with torch.inference_mode():
             return model(torch.from_numpy(batch)).numpy()
 
-    told = {key: config[key] for key in ("input_size", "mean", "std", "crop_pct")}
+    keys = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+    told = {key: config[key] for key in keys}
     labels: Any = model.pretrained_cfg.get("label_names")  # pyright: ignore
     told["labels"] = labels if labels and len(labels) == model.num_classes else None
     weights = hashlib.sha256()
@@ -231,7 +234,10 @@ def open_classifier(
 def _weights_of(path: Path) -> str:
     """The hash of an ONNX file, with those of the files in which it keeps its weights, where it has such."""
     onnx, _ = onnx_libraries()
-    graph = onnx.load(str(path), load_external_data=False).graph
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's, of which onnx tells nothing
+        raise ValueError(f"{path}: expected an ONNX file, not one in onnxruntime's own format") from error
     beside = {
         item.value for tensor in graph.initializer for item in tensor.external_data if item.key == "location"
     }

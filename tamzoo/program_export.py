@@ -80,6 +80,8 @@ def export_program(
         example = as_input(torch.zeros_like(made.pixels[:2]), made.dataset, uint8)
         with torch.no_grad():
             program = torch.export.export(graph, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # source lines, with this machine's paths
         archive = io.BytesIO()
         torch.export.save(program, archive, extra_files={TOLD: json.dumps(told)})
         part.write_bytes(archive.getvalue())

@@ -11,13 +11,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
 from torch import nn
 
-from tamzoo import __version__
 from tamzoo.catalogue import HUB_OWNER, Entry
 from tamzoo.checkpoint import WEIGHTS
 from tamzoo.hub import LOGIN, explain, hash_like, listing
 from tamzoo.staging import Staged, stage
+from tamzoo.weights import TAG
 
-TAG = f"v{__version__}"
 COLLECTION = "Tree-structured attention for image classification"
 
 

@@ -136,7 +136,10 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
 
     name = find_model(name)
     arguments = {} if weights is None else model_arguments(weights)
-    model = timm.create_model(name, pretrained=weights is None, **arguments).eval()
+    try:
+        model = timm.create_model(name, pretrained=weights is None, **arguments).eval()
+    except TypeError as error:  # another attention takes no group size
+        raise ValueError(f"{weights}: {name} cannot be made with {arguments}: {error}") from error
     cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore
     full = f"{cfg['architecture']}.{cfg['tag']}"
     if weights is not None:

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from tamzoo import __version__
 from tamzoo.recipes import RECIPES
+
+TAG = f"v{__version__}"  # of Hub repositories: every version is published with all its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ _SHA256 = {  # of model.safetensors, by recipe
     },
 }
 TRAINED = {  # entry -> its weights
-    name: Trained(sha256=sha256, recipe=recipe, revision="v0.1.0")
+    name: Trained(sha256=sha256, recipe=recipe, revision=TAG)
     for recipe, files in _SHA256.items()
     for name, sha256 in files.items()
 }

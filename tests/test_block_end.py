@@ -24,6 +24,9 @@ def stage(kind: type[BasicBlock | Bottleneck], planes: int = 8, **options) -> nn
     downsample = nn.Sequential(nn.Conv2d(4, width, 1, bias=False), nn.BatchNorm2d(width))
     first, second = kind(4, planes, downsample=downsample, **options), kind(width, planes, **options)
     blocks = nn.Sequential(first, second).to(memory_format=torch.channels_last)
+    for block in blocks:
+        if isinstance(block.se, TAM):
+            block.se.measured_gate.fill_(0.5)  # to be forgotten in training
     for parameter in blocks.parameters():
         if parameter.dim() < 2 or parameter.shape[1:] == (2, 1, 1):  # not the blocks' convolutions
             nn.init.normal_(parameter, std=0.7)
@@ -53,6 +56,7 @@ def test_joined_blocks_train_as_timms_do(kind, compiled):
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9, msg=name)
     for (name, wanted), found in zip(blocks.named_buffers(), joined.buffers(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9, msg=name)
+    assert not any(block.se.measured_gate.any() for block in joined)
     torch.testing.assert_close(joined.eval()(x), blocks.eval()(x), rtol=1e-9, atol=1e-9)
 
 

@@ -140,12 +140,21 @@ def test_a_card_tells_of_the_run_whose_weights_it_began_with():
         "| began with | the weights, but for the head, of a run of resnet18_tam.cifar100, short, 30" in text
     )
     assert "`tamzoo train resnet18_tam.cifar100 --recipe short" in text
+    assert "datasets:\n- uoft-cs/cifar100\n- uoft-cs/cifar10\nmetrics" in text
+    assert "Trained on CIFAR-100, then CIFAR-10; one of" in text
+    assert (
+        "- CIFAR-100 is published without a licence; ask its authors before commercial use. CIFAR-10 is"
+        in text
+    )
 
 
 def test_the_owner_is_the_one_that_publishes():
     entry = ENTRIES[NAMES[0]]
     text = render_card(entry, a_record(entry), owner="someone")
     assert f'"hf-hub:someone/{entry.name}"' in text
+    told = 'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "someone"  # before tamzoo is imported\n\nimport t'
+    assert text.count(told) == 2
+    assert "TAMZOO_HUB_OWNER" not in render_card(entry, a_record(entry))
 
 
 def test_a_record_of_another_entry_is_refused():

@@ -3,7 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
 from tamzoo.data import Split
+from tamzoo.datasets import DATASETS
+from tamzoo.evaluate import evaluate
 from tamzoo.images import PICTURES, random_crops
 from tamzoo.onnx_export import metadata_of, open_session
 from tamzoo.results import README_MARKS, record_of
@@ -92,14 +94,17 @@ def test_version(tamzoo):
 
 
 @pytest.mark.parametrize("flag", [None, "--uint8", "--keep-gates"])
-def test_an_exported_file_predicts_what_the_model_predicts(tamzoo, weights, tmp_path, flag):
+def test_an_exported_file_predicts_what_the_model_predicts(tamzoo, tmp_path, flag):
     path = tmp_path / "model.onnx"
     flags = [flag] if flag else []
-    code, out, err = tamzoo("export", "resnet20_tam.cifar10", "--weights", weights, "-o", path, *flags)
+    code, out, err = tamzoo("export", "wrn10_4_tam.cifar10", "-o", path, *flags)
     assert code == 0, err
     assert "same top-1 on 256" in out and path.is_file()
+    told = metadata_of(open_session(path))
+    assert told["input"] == ("uint8 NHWC" if flag == "--uint8" else "float32 NCHW")
+    assert len(told["gates_left"]) == (3 if flag == "--keep-gates" else 0)
     answers = []
-    for source in (("--onnx", path), ("-m", "resnet20_tam.cifar10", "--weights", weights)):
+    for source in (("--onnx", path), ("-m", "wrn10_4_tam.cifar10")):
         code, out, _ = tamzoo("predict", PICTURES / "cat.jpg", "--json", *source)
         answers.append(json.loads(out)[0]["top"])
     assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
@@ -116,6 +121,8 @@ def test_weights_of_other_classes_and_group_sizes_are_exported(tamzoo, tmp_path)
     refused(tamzoo(*command), "these weights are not of resnet20_tam.cifar10")
     record = a_record(ENTRIES["resnet20_tam.cifar10"], sha256)
     (tmp_path / "record.json").write_text(replace(record, model_args={"group_size": 4}).to_json())
+    plain = ("export", "resnet20_plain.cifar10", "--weights", weights, "-o", out)
+    refused(tamzoo(*plain), "resnet20_plain.cifar10 cannot be made with", "'group_size': 4")
     code, _, err = tamzoo(*command, "--labels", tmp_path / "names.txt")
     assert code == 0, err
     assert metadata_of(open_session(out))["labels"] == list("abcde")
@@ -132,6 +139,20 @@ def test_a_model_of_other_classes_has_no_score(tamzoo, tmp_path, monkeypatch):
     refused(tamzoo(*command), "expected a model of 10 classes, as CIFAR-10 has, got one of 5")
 
 
+def test_the_command_evaluates_as_the_function_does(tamzoo, tmp_path, monkeypatch):
+    split = Split(pixels=random_crops(20, 32), labels=torch.arange(20) % 10, note="a note")
+    monkeypatch.setattr("tamzoo.data.load_split", lambda *where: split)
+    code, out, err = tamzoo("evaluate", "wrn10_4_tam.cifar10", "--data", tmp_path)
+    model = timm.create_model("wrn10_4_tam.cifar10", pretrained=True).eval()
+    score = evaluate(model, split, DATASETS["cifar10"])
+    assert code == 0 and json.loads(out) == {"entry": "wrn10_4_tam.cifar10"} | asdict(score), err
+
+
+def holds_a_path_of_this_machine(path):
+    places, content = (Path(__file__).parents[1], Path(torch.__file__).parents[1]), path.read_bytes()
+    return any(str(place).encode() in content for place in places)
+
+
 def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
     for suffix in ("safetensors", "pt2"):
         path = tmp_path / f"model.{suffix}"
@@ -139,7 +160,7 @@ def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
         assert code == 0 and "3 of 3 gates folded, 3 of them proven" in out and "same top-1 on 256" in out, (
             err
         )
-        assert path.is_file()
+        assert not holds_a_path_of_this_machine(path)
     refused(tamzoo("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.h5"), "a file named .onnx, .safeten")
 
 
@@ -153,6 +174,7 @@ def test_an_onnx_file_has_the_precision_asked_for(tamzoo, tmp_path, monkeypatch)
         code, out, err = tamzoo(*common, path, "--precision", precision, *data)
         assert code == 0 and "onnxruntime" in out, err
         assert metadata_of(open_session(path))["precision"] == precision
+        assert not holds_a_path_of_this_machine(path)
         sizes[precision] = path.stat().st_size
     assert sizes["int8"] < 0.6 * sizes["float16"] < 0.36 * sizes["float32"]
     new = tmp_path / "new.onnx"
@@ -166,6 +188,7 @@ def test_gates_are_measured_on_the_shipped_pictures(tamzoo, weights):
     arguments = ("gates", "resnet20_tam.cifar10", "--weights", weights, "--images", 8)
     code, out, _ = tamzoo(*arguments, "--json")
     assert code == 0 and [gate["n"] for gate in json.loads(out)] == [8] * 9
+    assert all(gate["proven_min"] is not None for gate in json.loads(out))
     code, out, _ = tamzoo(*arguments)
     assert code == 0 and "layer3.2.se" in out and "8 crops of the shipped pictures and noise" in out
 
@@ -249,6 +272,14 @@ def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
 )
 def test_options_that_would_be_ignored_are_refused(tamzoo, given, told):
     refused(tamzoo("predict", PICTURES, *given), told)
+
+
+def test_options_that_another_makes_needless_are_refused(tamzoo, tmp_path):
+    export = ("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.onnx", "--keep-gates")
+    refused(tamzoo(*export, "--tolerance", 0.5), "leave it out, or --keep-gates")
+    predict = ("predict", PICTURES, "--out", tmp_path / "x.parquet", "--column", "image")
+    refused(tamzoo(*predict), "column 'image' is of parquet files, and there are none")
+    assert not list(tmp_path.iterdir())
 
 
 def test_parquet_files_need_an_output(tamzoo, tmp_path):

@@ -6,8 +6,12 @@ import torch
 from safetensors.torch import load_file
 
 from tamzoo import data
+from tamzoo.augment import augment, draw
+from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import save_weights
+from tamzoo.datasets import DATASETS
 from tamzoo.gates import gates_of, measure_gates
+from tamzoo.recipes import RECIPES
 from tests.conftest import refused
 from tests.tiny_runs import random_split
 
@@ -38,6 +42,12 @@ def test_freezing_tells_errors_before_and_after_and_stores_static_gates(tamzoo, 
     assert [gate.width for gate in measured] == [0.0] * 9
     for stats, gate in zip(measured, gates_of(model).values(), strict=True):
         assert gate.measured_gate.tolist() == pytest.approx([stats.mean] * 3, abs=1e-6)
+    # the stem's BatchNorm comes before any gate: as of the training images, augmented by the entry's recipe
+    train, dataset, recipe = random_split(20, 0), DATASETS["cifar10"], RECIPES[ENTRIES[ENTRY].trained.recipe]
+    draws = draw(20, recipe, dataset, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.conv1(augment(train.pixels, draws, recipe, dataset))
+    torch.testing.assert_close(model.bn1.running_mean, features.mean((0, 2, 3)), atol=2e-3, rtol=2e-3)
 
 
 def test_what_cannot_be_frozen_is_refused(tamzoo, moving, tmp_path, monkeypatch):

@@ -234,6 +234,17 @@ def test_a_hub_that_is_not_there_is_told(entry, tmp_path):
         fetch_weights(entry, tmp_path / "cache", endpoint="http://127.0.0.1:9")
 
 
+def test_a_transfer_that_xet_gives_up_is_told(entry, fetch, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Data processing error: CAS service error : connection reset")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(
+        OSError, match=rf"^{NAME}: the transfer failed .*reset.*; try again, or with HF_HUB_DIS"
+    ):
+        fetch()
+
+
 def test_a_cache_that_cannot_be_written_is_told(server, entry, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="free or choose another folder with cache_dir or HF_HOME"):

@@ -203,7 +203,6 @@ def test_the_state_is_on_disk(tmp_path, hub, api, repo):
         {"path": "/cdn/", "status": 429, "headers": {"Retry-After": "0"}},
         {"path": "/cdn/", "delay": 0.05},
         {"method": "HEAD", "status": 503},
-        {"method": "HEAD", "drop": -1, "times": 0},
     ],
     ids=lambda fault: "-".join(fault),
 )

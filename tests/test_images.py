@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tamzoo.images import PICTURES, open_picture, random_crops
+from tamzoo.images import PICTURES, SUFFIXES, open_picture, random_crops
 
 
 def saved(tmp_path, name, image, **kwargs):
@@ -130,6 +130,16 @@ def test_what_is_no_picture_is_refused(tmp_path):
         ValueError, match="^iVBORw0KGgo[a-z0]{49}...: expected a picture, found File name too long"
     ):
         open_picture(Path("iVBORw0KGgo" + "a" * 5000))
+
+
+def test_what_another_program_would_have_to_read_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("another program ran"))
+    endless = tmp_path / "x.jpg"
+    endless.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{} loop\n")
+    with pytest.raises(ValueError, match="x.jpg: not a picture; expected a JPEG"):
+        open_picture(endless)
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp", ".mpo"} < SUFFIXES
+    assert not {".eps", ".ps", ".pdf", ".wmf", ".h5", ".mpg"} & SUFFIXES
 
 
 def test_random_crops_repeat_and_differ():

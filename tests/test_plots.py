@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tamzoo.journal import LOG_FIELDS
-from tamzoo.plots import COLOURS, DASHES, plot_error, plot_latencies
+from tamzoo.plots import COLOURS, line_style, plot_error, plot_latencies
 from tamzoo.records import Timing
 
 
@@ -41,7 +41,7 @@ def test_latencies_are_drawn_as_ratios(tmp_path):
 
 
 def test_no_two_of_many_lines_look_alike():
-    assert len({(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]) for i in range(8)}) == 8
+    assert len({tuple(line_style(index).values()) for index in range(32)}) == 32
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path, monkeypatch):

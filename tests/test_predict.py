@@ -207,12 +207,41 @@ def test_a_model_of_other_classes_does_not_get_the_data_sets_names():
     assert torch_classifier(timm.create_model("resnet20_tam.cifar10").eval()).labels[3] == "cat"
 
 
+def test_pictures_are_prepared_as_the_models_configuration_says():
+    ours, picture = {"crop_mode": "squash", "interpolation": "bilinear"}, open_picture(PICTURES / "cat.jpg")
+    picture = picture.crop((0, 0, 200, 100))
+    model = timm.create_model("resnet20_tam.cifar10", pretrained_cfg_overlay=ours).eval()
+    wanted = picture.resize((32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(torch_classifier(model).pixels(picture), np.asarray(wanted))
+    for key, value in ours.items():
+        other = timm.create_model("resnet20_tam.cifar10", pretrained_cfg_overlay={key: value}).eval()
+        with pytest.raises(
+            ValueError, match=f"prepared by {key} .*, the model's configuration says '{value}'"
+        ):
+            deployment(other, keep_gates=True)
+
+
+def test_a_file_in_onnxruntimes_own_format_is_told(tmp_path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "x.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(colour_onnx(tmp_path / "x.onnx"), options)
+    with pytest.raises(ValueError, match="x.ort: expected an ONNX file, not one in onnxruntime's own format"):
+        open_classifier(tmp_path / "x.ort", mean=MEAN, std=STD)
+
+
 def test_models_are_told_apart(tmp_path):
     path = colour_onnx(tmp_path / "x.onnx")
     zeros = (0.0, 0.0, 0.0)
     first, same = (open_classifier(path, mean=zeros, std=STD).sha256 for _ in range(2))
     assert first == same != open_classifier(path, mean=MEAN, std=STD).sha256
     assert open_classifier(colour_onnx(path, a="b"), mean=zeros, std=STD).sha256 != first
+    model = timm.create_model("resnet20_tam.cifar10").eval()
+    first, same = (torch_classifier(model).sha256 for _ in range(2))
+    torch.nn.init.zeros_(model.fc.bias[3:4])
+    assert first == same != torch_classifier(model).sha256
 
 
 def test_shipped_pictures_may_be_of_any_size(tmp_path):

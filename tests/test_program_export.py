@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tamzoo.data import normalise
 from tamzoo.datasets import DATASETS
-from tamzoo.deploy import as_input, deployment
+from tamzoo.deploy import EXACT, FLOAT16, INT8, Parity, as_input, deployment, told_of
 from tamzoo.images import random_crops
 from tamzoo.program_export import EXPORTERS, export_plain, export_program, exporter_for, load_program
 
@@ -57,6 +57,7 @@ def test_a_plain_checkpoint_has_the_classes_of_its_model(classes, tmp_path):
     [
         (lambda: timm.create_model("resnet18"), "expected a model of tamzoo .* ResNet of tag 'a1_in1k'"),
         (lambda: torch.nn.ReLU(), "expected a model of tamzoo .* ReLU of tag None"),
+        (lambda: timm.create_model(ENTRY).to("meta"), "takes a model on the CPU, got one on meta"),
         (lambda: timm.create_model(ENTRY, in_chans=1), "pictures of 3 channels.* this model takes 1"),
         (lambda: timm.create_model(ENTRY, features_only=True), "expected a model of tamzoo"),
         (lambda: timm.create_model(ENTRY).half(), "takes a float32 model, got one in torch.float16"),
@@ -167,10 +168,25 @@ def test_what_cannot_become_a_plain_checkpoint_is_refused(made, tmp_path):
 
 
 def test_gates_may_stay_in_a_program(tmp_path):
-    model = timm.create_model("resnet20_tam.cifar10").eval()
-    export_program(deployment(model, pixels=PIXELS, keep_gates=True), tmp_path / "x.pt2")
+    kept = deployment(timm.create_model(ENTRY, pretrained=True).eval(), pixels=PIXELS, keep_gates=True)
+    assert kept.model is kept.reference and len(told_of(kept.model, kept.dataset)["gates_left"]) == 3
+    export_program(kept, tmp_path / "x.pt2")
     found = load_program(tmp_path / "x.pt2")(as_input(PIXELS[:8], CIFAR10))
-    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, logits(kept.reference), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_passes_by_its_logits_and_by_its_answers():
+    def passes(tolerance, max_difference, same_top1):
+        found = Parity(
+            program="x", n=200, max_difference=max_difference, same_top1=same_top1, tolerance=tolerance
+        )
+        return found.passed
+
+    for tolerance, least in ((EXACT, 200), (FLOAT16, 198), (INT8, 180)):
+        assert passes(tolerance, tolerance.difference, least)
+        assert not passes(tolerance, 0.0, least - 1)
+        assert not passes(tolerance, 1.01 * tolerance.difference, 200)
+        assert not passes(tolerance, float("nan"), 200)
 
 
 def test_a_folder_cannot_be_the_file(made, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 
@@ -22,6 +23,7 @@ from tamzoo.staging import Staged, stage
 from tamzoo.verify import verify_remote
 from tests.hub_server import Hub, patient_client
 from tests.standins import stand_in
+from tests.tiny_runs import random_split
 
 # huggingface_hub's own upload raises it inside httpx
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -268,6 +270,11 @@ def test_a_token_that_may_not_publish_is_told_before_anything_is_written(token, 
     assert server.writes() == [] and server.store.repos() == []
 
 
+def test_the_catalogue_asks_for_the_version_that_is_published():
+    assert {entry.trained.revision for entry in ENTRIES.values() if entry.trained} == {TAG}
+    assert f"v{version('tamzoo')}" == TAG
+
+
 def test_an_owner_that_is_not_ones_own_is_told(server, api, staged):
     with pytest.raises(
         RuntimeError, match="writer may not write to other; choose --owner from writer, tamzoo"
@@ -302,7 +309,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from tamzoo.publish import publish
+from tamzoo.staging import Staged
 from tests.standins import stand_in
+from tests.tiny_runs import random_split
 from huggingface_hub import HfApi
 entry = stand_in(Path(sys.argv[2]))
 publish(Staged(entry=entry, folder=Path(sys.argv[1]), owner="tamzoo"), HfApi())
@@ -322,12 +331,10 @@ def test_a_killed_run_is_finished_by_the_next(server, api, staged, tmp_path):
         "HF_TOKEN": "hf_writer",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    run = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(staged.folder), str(tmp_path / "cards")],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    assert uploading.wait(300)
+    command = [sys.executable, "-c", KILLED, str(staged.folder), str(tmp_path / "cards")]
+    with (tmp_path / "told").open("w") as told:
+        run = subprocess.Popen(command, env=environment, stderr=told)
+    assert uploading.wait(300), (tmp_path / "told").read_text()
     run.kill()
     run.wait()
     server.stopping.set()  # ends the delay
@@ -410,6 +417,24 @@ def test_the_commands_publish_and_verify(command, server):
     server.store.push(REPO, "main", "worse", {"README.md": b""})
     told = command("verify", NAME)
     assert told.exit_code == 1 and "README.md is not what" in told.output
+
+
+def test_the_commands_options_reach_the_hub(command, server):
+    told = command("publish", NAME, "--private", "--owner", "writer")
+    assert told.exit_code == 0, told.output
+    assert list(server.store.repos()) == [f"writer/{NAME}"]
+    assert server.store.load(f"writer/{NAME}")["private"] and server.store.collections()[0]["private"]
+    told = command("publish", NAME, "--create-pr")
+    assert told.exit_code == 0 and "collection" not in told.output, told.output
+    refs = server.store.load(REPO)["refs"]
+    assert "refs/pr/1" in refs and set(server.store.files(REPO)) == {".gitattributes"}
+
+
+def test_what_errs_otherwise_than_its_record_says_is_not_published(command, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tamzoo.staging.load_split", lambda *where: random_split(40, 0))
+    told = command("publish", NAME, "--data", str(tmp_path))
+    assert "of 40 test images, the record says 5.2 %; evaluate them again" in str(told.exception)
+    assert not server.store.repos()
 
 
 @pytest.mark.parametrize("words", [(), (NAME, "--all"), ("resnet18_tam.svhm",), ("resnet152_tam.cifar10",)])

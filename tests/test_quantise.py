@@ -6,10 +6,11 @@ import pytest
 import timm
 import torch
 
+from tamzoo.data import Split
 from tamzoo.deploy import as_input, deployment
 from tamzoo.images import random_crops
 from tamzoo.onnx_export import export_deployment, metadata_of, open_session, operators_of, runner
-from tamzoo.quantise import export_int8
+from tamzoo.quantise import calibration_of, export_int8
 
 ENTRY = "wrn10_4_tam.cifar10"  # wide: one BatchNorm a block follows no convolution
 PIXELS, CALIBRATION = random_crops(256, 32), random_crops(64, 32, seed=1)
@@ -25,6 +26,13 @@ def source(made, tmp_path_factory):
     path = tmp_path_factory.mktemp("float32") / "model.onnx"
     export_deployment(made, path)
     return path
+
+
+def test_the_calibration_images_are_always_the_same_and_of_the_whole_split():
+    train = Split(pixels=torch.arange(5000).view(-1, 1, 1, 1), labels=torch.zeros(5000, dtype=torch.int64))
+    chosen = calibration_of(train).flatten().tolist()
+    assert chosen == calibration_of(train).flatten().tolist() and len(set(chosen)) == 128
+    assert chosen[:3] == [1044, 2591, 4111] and max(chosen) > 4900
 
 
 def weights_of(path):

@@ -100,6 +100,17 @@ def test_every_way_to_features_gives_the_same(name):
     assert last(x)[0].shape[1] == last.feature_info.channels()[0]
 
 
+@pytest.mark.parametrize("name", ["resnet18_tam", "resnet50_plain", "wrn16_8_tam"])
+def test_networks_start_as_the_paper_says(name):
+    """He's normal initialisation by fan-out; every BatchNorm begins as the identity."""
+    for module in timm.create_model(name).modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 10_000:
+            fan_out = module.out_channels * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_the_plain_imagenet_models_are_timms_own(backbone):
     ours = timm.create_model(f"{backbone}_plain.untrained_in1k").eval()

@@ -57,7 +57,9 @@ def test_batch_norm_of_all_ranks_is_that_of_torch(group_of_one, dtype, tolerance
     torch.autograd.backward(outs, [grad, grad])
     torch.testing.assert_close(outs[0], outs[1], atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(ins[0].grad, ins[1].grad, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(found.running_var, expected.running_var, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.weight.grad, expected.weight.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.eval()(x), expected.eval()(x), atol=tolerance, rtol=tolerance)
 
 
 def test_batch_norm_of_all_ranks_is_not_compiled(group_of_one):
@@ -90,27 +92,3 @@ def test_without_torchrun_the_world_is_one(monkeypatch):
         assert (world.size, world.rank, world.first) == (1, 0, True)
         model = nn.Sequential(nn.BatchNorm2d(3))
         assert world.spread(model) is model and type(model[0]) is nn.BatchNorm2d
-
-
-def test_global_batchnorm_is_batchnorm_in_a_world_of_one(tmp_path):
-    from torch import distributed
-
-    torch.manual_seed(0)
-    expected, found = nn.BatchNorm2d(5), GlobalBatchNorm(5)
-    for module in (expected, found):
-        nn.init.uniform_(module.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(1))
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        for _ in range(3):
-            x = torch.randn(4, 5, 6, 6) * 2 + 1
-            inputs = [x.clone().requires_grad_() for _ in range(2)]
-            outputs = [module(x) for module, x in zip((expected, found), inputs, strict=True)]
-            for y in outputs:
-                (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
-            # float32, another order of sums
-            torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(inputs[1].grad, inputs[0].grad, atol=1e-4, rtol=1e-4)
-    finally:
-        distributed.destroy_process_group()
-    torch.testing.assert_close(found.state_dict(), expected.state_dict(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.eval()(x), expected.eval()(x), atol=1e-5, rtol=1e-5)

@@ -16,6 +16,7 @@ from tamzoo.catalogue import ENTRIES
 from tamzoo.data import Split, normalise
 from tamzoo.images import random_crops
 from tamzoo.terminal import DEMO_ENTRY
+from tests.conftest import refused
 
 ENTRY = ENTRIES[DEMO_ENTRY]
 UNTRAINED = next(entry for entry in ENTRIES.values() if not entry.trained and entry.dataset == ENTRY.dataset)
@@ -120,13 +121,6 @@ def test_the_report_keeps_the_rows_of_other_entries(command, monkeypatch, tmp_pa
     for text in ("entry,format\na,b\n", "another table"):
         path.write_text(text + "\n1,2\n")
         refused(command(*common), "report.csv: expected a report of an earlier run")
-
-
-def refused(answer, *words):
-    code, out, err = answer
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (out, err)
-    for word in words:
-        assert word in err
 
 
 def test_bad_input_is_one_sentence(command, monkeypatch, tmp_path):
