@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from tamzoo.answers import Engine, schema
 from tamzoo.checkpoint import check_output_file, locked, whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
@@ -153,7 +155,7 @@ def _own_folder(job: Job) -> Iterator[None]:
     with _keeping(job):
         job.folder.mkdir(exist_ok=True)
         refusal = f"{job.out}: another call is writing it; wait for its end, or pass another --out"
-        held = locked(job.folder / "job.lock", refusal)
+        held = locked(FileLock(job.folder / "job.lock"), refusal)
     with held:
         _open_folder(job)
         yield

@@ -60,16 +60,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def locked(path: Path, refusal: str) -> AbstractContextManager:
-    """Takes a file's lock at once; leaving the context gives it back.
+def locked(lock: FileLock, refusal: str, error: type[ValueError] = ValueError) -> AbstractContextManager:
+    """Takes a lock at once; leaving the context gives it back. Whoever holds it may take it again.
 
     Raises:
-        ValueError: another holds it; says `refusal`.
+        ValueError: another holds it; of the kind `error`, says `refusal`.
     """
     try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(refusal) from error
+        return lock.acquire(timeout=0)
+    except Timeout as timeout:
+        raise error(refusal) from timeout
 
 
 def check_output_file(path: Path) -> None:

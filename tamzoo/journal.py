@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from tamzoo.checkpoint import locked, whole_file, write_whole
 from tamzoo.recipes import Recipe
@@ -22,6 +23,10 @@ from tamzoo.recipes import Recipe
 SESSIONS = ("commits", "hardware", "versions")  # of a run: those of each session that differ
 logger = logging.getLogger(__name__)
 LOG_FIELDS = ("epoch", "lr", "train_loss", "test_top1_error", "images_per_s", "seconds")
+
+
+class AnotherTrainsError(ValueError):
+    """Another process trains in the run's folder."""
 
 
 class Journal:
@@ -53,6 +58,7 @@ class Journal:
         start: str | None = None,
     ) -> None:
         self.folder = folder
+        self._lock = FileLock(folder / ".lock")
         self._writer: Any = None
         self._late: list[dict[str, float]] = []  # rows not yet written
         if folder.is_file():
@@ -93,10 +99,10 @@ class Journal:
         """Keeps other processes from training in the folder, and writes run.json.
 
         Raises:
-            ValueError: one does.
+            AnotherTrainsError: one does.
         """
         refusal = f"{self.folder}: another process trains there; wait for its end, or choose another --out"
-        with locked(self.folder / ".lock", refusal):
+        with locked(self._lock, refusal, AnotherTrainsError):
             write_whole(self.folder / "run.json", json.dumps(self._run, indent=2) + "\n")
             yield
 

@@ -72,7 +72,7 @@ class Classifier:
 
     @cached_property
     def _crop(self) -> Any:
-        how = {"interpolation": self.interpolation, "crop_mode": self.crop_mode}
+        how: Any = {"interpolation": self.interpolation, "crop_mode": self.crop_mode}
         return create_transform(self.input_size, crop_pct=self.crop_pct, normalize=False, **how)
 
     def _normalised(self, pixels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,9 @@
 """One session of training: entries one after another, until they are done or the time is up."""
 
 import difflib
+import logging
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,12 +17,14 @@ from tamzoo.data import Split, data_directory, load_split
 from tamzoo.distributed import World
 from tamzoo.finish import finish
 from tamzoo.hub import CARDS
-from tamzoo.journal import check_same_run, identity
+from tamzoo.journal import AnotherTrainsError, check_same_run, identity
 from tamzoo.learner import Compiled
 from tamzoo.progress import Voice
 from tamzoo.recipes import Recipe, recipe_for
 from tamzoo.records import read_record
 from tamzoo.train import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ def train_entries(
     Raises:
         ValueError: no such entry or recipe, a CUDA graph or joined ends elsewhere than on one process on
             CUDA, or what `load_split` and `Run` raise; of several entries, at the end, which failed (on
-            several processes, the first failure).
+            several processes, the first failure), other than those in whose folder another process trains.
         RuntimeError: the device failed for good; the entries after are left alone.
     """
     for option, asked in {"--cuda-graph": order.cuda_graph, "--join-ends": order.joined}.items():
@@ -108,12 +112,12 @@ def train_entries(
     if not folders:
         voice.say("nothing to train: every such entry has weights of this recipe")
         return True
-    directory, splits = data_directory(data), {}
+    directory, splits, ready_s, left = data_directory(data), {}, 0.0, False
     for name, out in folders.items():
         if name not in ENTRIES:
             nearest = ", ".join(difflib.get_close_matches(name, ENTRIES, n=3))
             raise ValueError(f"no entry {name!r}; nearest: {nearest or 'none'}. All names: tamzoo list --all")
-        if world.first_says(time.monotonic() >= ends):
+        if world.first_says(time.monotonic() + ready_s >= ends):  # no step would be done in time
             voice.say(f"the time is up; the same command goes on with {name}")
             return False
         dataset = ENTRIES[name].dataset
@@ -129,20 +133,36 @@ def train_entries(
                         for split in ("train", "test")
                     ]
                 }
-            if not _train_entry(name, out, splits[dataset.tag], order, ends, world, voice):
+            run = _train_entry(name, out, splits[dataset.tag], order, ends, world, voice)
+            if run.step < run.steps:
                 return False
+            ready_s = max(ready_s, run.ready_s)
         except Exception as error:  # a compiler's are of any kind
+            if not isinstance(error, ValueError | OSError):  # those are written for people
+                logger.warning("%s failed", name, exc_info=error)
             if len(folders) == 1 or world.size > 1:
                 raise
-            if isinstance(error, torch.AcceleratorError):  # after one, nothing runs on the device any more
+            if isinstance(error, torch.AcceleratorError) and not _computes(world.device):
                 raise RuntimeError(f"{name}: {error}") from error
+            left = True
+            if isinstance(error, AnotherTrainsError):
+                voice.say(str(error))
+                continue
             voice.say(f"{name}: failed: {error}")
             failed.append(name)
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(folders)} entries failed, for the reasons above: {', '.join(failed)}"
         )
-    return True
+    return not left
+
+
+def _computes(device: torch.device) -> bool:
+    """Whether a device still does; after most errors of its own it does nothing any more."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except torch.AcceleratorError:
+        return False
 
 
 def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
@@ -163,7 +183,8 @@ def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
 
 def _train_entry(
     name: str, out: Path, splits: list[Split], order: Order, ends: float, world: World, voice: Voice
-) -> bool:
+) -> Run:
+    """Trains, until the end or `ends`; of what has ended, weights and record are stored."""
     recipe = order.recipe_on(ENTRIES[name].dataset.tag)
     precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")
     run = Run(
@@ -195,11 +216,11 @@ def _train_entry(
             f"test error {row['test_top1_error']:.2f} %, {row['images_per_s']:,.0f} images/s"
         )
 
-    if not run.train(ends - time.monotonic(), voice.watch, report):
-        how = "" if order.resume else " with --resume"
-        voice.say(f"{name}: stopped after step {run.step} of {run.steps}; the same command{how} goes on")
-        return False
-    if world.first:
-        score = finish(run, voice.bar).score
-        voice.say(f"{name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
-    return True
+    with run.journal.alone() if world.first else nullcontext():
+        if not run.train(ends - time.monotonic(), voice.watch, report):
+            how = "" if order.resume else " with --resume"
+            voice.say(f"{name}: stopped after step {run.step} of {run.steps}; the same command{how} goes on")
+        elif world.first:
+            score = finish(run, voice.bar).score
+            voice.say(f"{name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
+    return run

@@ -59,6 +59,9 @@ class Run:
         model_args: Of the model, beyond the entry's own: {"group_size": 4}.
         start: Folder of a finished run of the same model, with whose weights this one begins; where it was of
             another data set, with a new head.
+
+    Attributes:
+        ready_s: Seconds from its making to the end of the session's first step, which may compile.
     Raises:
         ValueError: the folder holds another run, or this one and `resume` is not set; its snapshots are
             damaged; the data cannot be split over the ranks; or `start` is of another model.
@@ -83,6 +86,7 @@ class Run:
         model_args: dict[str, Any] | None = None,
         start: Path | None = None,
     ) -> None:
+        self._made, self.ready_s = time.monotonic(), 0.0
         self.model_args = model_args or {}
         self.start = read_finished(start) if start else None
         if self.start and (self.start.model, self.start.model_args) != (entry.model, self.model_args):
@@ -255,6 +259,7 @@ class Run:
             self._losses[index] = self.learner.learn(self.train_split, chosen, self.step, fraction)
             self.step, self._images = self.step + 1, self._images + len(chosen)
             self.seconds = seconds + time.monotonic() - started
+            self.ready_s = self.ready_s or time.monotonic() - self._made
             if self.device.type == "cpu" or index % STEPS_PER_LOOK == 0:
                 self._look(index, watch)
             if self.step == self._begun + 1 and index + 1 < self.steps_per_epoch:

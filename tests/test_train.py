@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -773,7 +774,7 @@ def test_a_failing_entry_does_not_stop_the_queue(small_data):
     assert (folders[names[1]] / "record.json").is_file()
 
 
-def test_a_compilers_error_stops_one_entry_and_not_the_queue(small_data, monkeypatch):
+def test_a_compilers_error_stops_one_entry_and_not_the_queue(small_data, monkeypatch, caplog):
     """Triton's are no RuntimeError."""
 
     def fail(run, *_):
@@ -784,6 +785,7 @@ def test_a_compilers_error_stops_one_entry_and_not_the_queue(small_data, monkeyp
     with pytest.raises(ValueError, match="2 of 2 entries failed"):
         train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, Voice(say=said.append))
     assert said[-1] == "wrn10_4_tam.cifar10: failed: out of registers"
+    assert "in fail" in caplog.text  # where it happened
 
 
 def test_a_damaged_log_is_told_before_there_is_any_work(stopped):
@@ -799,9 +801,58 @@ def test_a_failing_device_stops_the_queue(small_data, monkeypatch):
     monkeypatch.setattr("tamzoo.train.Run.train", fail)
     names, said = ["resnet20_tam.cifar10", "wrn10_4_tam.cifar10"], []
     folders = {name: small_data / name for name in names}
+    order = Order(epochs=1, resume=True)
+    with pytest.raises(ValueError, match="2 of 2 entries failed"):  # as after a capture: it still computes
+        train_entries(folders, order, small_data, math.inf, CPU, SILENT)
+    shutil.rmtree(folders[names[1]])
+    monkeypatch.setattr("tamzoo.session._computes", lambda device: False)
     with pytest.raises(RuntimeError, match=f"^{names[0]}: CUDA error: an illegal memory access"):
-        train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, Voice(say=said.append))
+        train_entries(folders, order, small_data, math.inf, CPU, Voice(say=said.append))
     assert not folders[names[1]].exists() and len(said) == 1
+
+
+def test_the_queue_leaves_alone_what_another_process_trains(small_data):
+    folders, said = {name: small_data / name for name in ("resnet20_tam.cifar10", "wrn10_4_tam.cifar10")}, []
+    folders[ENTRY.name].mkdir()
+    order, voice = Order(epochs=1, resume=True), Voice(say=said.append)
+    with FileLock(folders[ENTRY.name] / ".lock"):
+        assert not train_entries(folders, order, small_data, math.inf, CPU, voice)
+    assert "another process trains there" in said[1] and "weights in" in said[-1]
+    assert train_entries(folders, order, small_data, math.inf, CPU, voice)
+
+
+def test_a_run_is_finished_before_another_process_may_train_in_its_folder(small_data, monkeypatch):
+    def look(run, progress):
+        with pytest.raises(Timeout):
+            FileLock(run.out / ".lock").acquire(timeout=0)
+        return finish(run, progress)
+
+    monkeypatch.setattr("tamzoo.session.finish", look)
+    assert train_entries({ENTRY.name: small_data / "run"}, Order(epochs=1), small_data, 99, CPU, SILENT)
+
+
+def test_no_entry_begins_that_would_do_no_step_in_time(small_data, monkeypatch):
+    now, train = 0.0, Run.train
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("tamzoo.session.time", clock)
+
+    def slow(run, *args):
+        nonlocal now
+        now += 40
+        done = train(run, *args)
+        assert run.ready_s > 0
+        run.ready_s = 30
+        return done
+
+    monkeypatch.setattr(Run, "train", slow)
+    folders, said = {name: small_data / name for name in ("resnet20_tam.cifar10", "wrn10_4_tam.cifar10")}, []
+    order, voice = Order(epochs=1, resume=True), Voice(say=said.append)
+    assert not train_entries(folders, order, small_data, 69, CPU, voice)
+    assert said[-1] == "the time is up; the same command goes on with wrn10_4_tam.cifar10"
+    assert not folders["wrn10_4_tam.cifar10"].exists()
+    shutil.rmtree(folders[ENTRY.name])
+    now = 0.0
+    assert train_entries(folders, order, small_data, 71, CPU, voice)
 
 
 def test_the_command_trains_and_draws(small_data, monkeypatch):
