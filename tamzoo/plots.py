@@ -134,13 +134,11 @@ def check_picture(out: Path) -> None:
     canvas(out)
 
 
-def canvas(
-    out: Path, rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.0
-) -> tuple[Any, Any]:
+def canvas(out: Path, rows: int = 1, columns: int = 1, height: float = 4.0) -> tuple[Any, Any]:
     """A figure, and its axes: one, or an array of them that share what they can.
 
     Args:
-        width: Inches; so is `height`.
+        height: Inches.
     Raises:
         ValueError: no matplotlib, or `out` is another kind of picture than .png, .svg or .pdf.
     """
@@ -149,7 +147,7 @@ def canvas(
 
     if out.suffix not in KINDS:
         raise ValueError(f"{out}: expected a picture named {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(6.4, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=columns > 1).flatten()
     for axes in grid:
         axes.grid(alpha=0.3)

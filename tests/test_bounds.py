@@ -83,6 +83,28 @@ def reading() -> TAM:
     return gate
 
 
+def test_a_gate_moves_features_that_stand_still():
+    """Channels of 1, which a BatchNorm has shrunk, move by what the gate does, that of one more channel."""
+    norm, gate, total = nn.BatchNorm2d(4), TAM(4), nn.Conv2d(4, 1, 1, bias=False)
+    nn.init.constant_(norm.weight, 0.01)
+    nn.init.ones_(norm.bias)
+    for layer in gate.tree:
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.copy_(torch.tensor([30.0, 0.0]).view(1, 2, 1, 1))
+            nn.init.constant_(layer.bias, -30.0)
+        else:
+            nn.init.ones_(layer.weight)
+    nn.init.zeros_(gate.tree[-1].bias)  # 900 (x - 1) of the first channel x
+    total.weight.data.copy_(torch.tensor([0.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1))
+    model = nn.Sequential(norm, gate, total, reading()).eval().requires_grad_(False)
+    low, high = (torch.tensor([end, 0.0, 0.0, 0.0]).view(1, 4, 1, 1) for end in (-1.0, 1.0))
+    bounds = bound_gates(model, low, high)
+    for name, values in gate_values(model, torch.cat([low, high])).items():
+        least, most = bounds[name]
+        assert least <= values.min() < values.max() <= most
+        assert values.max() - values.min() > (0.2 if name == "3" else 0.9)
+
+
 def batch_norm() -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(1)
     norm.weight.data.fill_(-0.7)  # falling
