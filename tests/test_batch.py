@@ -65,9 +65,11 @@ def test_every_picture_under_a_folder_is_a_row(pictures, tmp_path):
     rows = rows_of(tmp_path / "x.parquet")
     expect_colours(rows, 120)
     assert [row["path"] for row in rows] == [str(path) for path in sorted(pictures.rglob("[0-9]*.png"))]
-    run([pictures / "*" / "*.png"], tmp_path / "glob.parquet")
-    assert rows_of(tmp_path / "glob.parquet") == rows
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["glob.parquet", "pictures", "x.parquet"]
+    for name, pattern in {"glob": "*/*.png", "deep": "**/[0-9]*.png"}.items():
+        run([tmp_path / "p*" / pattern], tmp_path / f"{name}.parquet")
+        assert rows_of(tmp_path / f"{name}.parquet") == rows
+    left = ["deep.parquet", "glob.parquet", "pictures", "x.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="links need rights elsewhere")

@@ -88,6 +88,9 @@ def test_weights_of_another_model_are_refused(tmp_path, other, message):
     save_weights(path, timm.create_model(other).state_dict())
     with pytest.raises(ValueError, match=message):
         load_weights(timm.create_model("resnet20_tam.cifar10"), path, "resnet20_tam.cifar10")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_weights(timm.create_model("resnet20_tam.cifar10"), path, "resnet20_tam.cifar10")
 
 
 def test_wrong_weights_given_to_timm_are_refused_with_the_same_sentence(tmp_path):
