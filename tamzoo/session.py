@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Order:
 def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | None = None) -> list[str]:
     """Entries that a recipe has not trained, in the catalogue's order of training.
 
+    Of an attention those go first that have no weights at all.
+
     Args:
         out: Folder of the queue's runs; an entry with a record of the recipe in its folder there is trained.
         recipe: As in `recipe_for`; an entry that was trained by another one, on a CPU say, waits too.
@@ -59,7 +62,9 @@ def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | No
     Raises:
         ValueError: no entry has such a name; no such recipe; a record there cannot be read.
     """
-    names = [name for name in QUEUE if fnmatch(name, only)]
+    groups = groupby(QUEUE, key=lambda name: ENTRIES[name].attention)
+    queue = [name for _, group in groups for name in sorted(group, key=_has_weights)]
+    names = [name for name in queue if fnmatch(name, only)]
     if not names:
         raise ValueError(f"no entry is called {only!r}. All names: tamzoo list --all")
     names = [name for name in names if not _trained_by(ENTRIES[name], recipe)]
@@ -67,6 +72,10 @@ def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | No
     if world:
         finished = [world.first_says(flag) for flag in finished]
     return [name for name, done in zip(names, finished, strict=True) if not done]
+
+
+def _has_weights(name: str) -> bool:
+    return ENTRIES[name].trained is not None
 
 
 def _trained_by(entry: Entry, recipe: str) -> bool:
