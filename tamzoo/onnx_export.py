@@ -206,9 +206,7 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None
-        ClearMetadataAndDocStringPass()(
-            program.model
-        )  # of each node the source lines, with this machine's paths
+        ClearMetadataAndDocStringPass()(program.model)  # source lines, with this machine's paths
         model = program.model_proto
         onnx.helper.set_model_props(model, as_texts(told))
         onnx.checker.check_model(model, full_check=True)
