@@ -119,8 +119,9 @@ def run(setting: Setting, train: Split, test: Split, options: argparse.Namespace
         print(f"{setting.name}, epoch {row['epoch']}: loss {row['train_loss']:.3f}", flush=True)
 
     with TemporaryDirectory() as folder:
-        few = Split(pixels=test.pixels[: options.images], labels=test.labels[: options.images])
-        trainer = Run(entry, recipe, train, few, out=Path(folder), precision=options.precision)
+        trainer = Run(
+            entry, recipe, train, test.first(options.images), out=Path(folder), precision=options.precision
+        )
         for module in trainer.learner.model.modules():
             if isinstance(module, nn.PReLU):
                 nn.init.constant_(module.weight, setting.slope)
@@ -214,8 +215,7 @@ def run_all(options: argparse.Namespace) -> None:
         raise ValueError("expected --images of at least 2, and --train-images and --epochs of at least 1")
     dataset = ENTRIES["resnet20_tam.cifar10"].dataset
     whole, test = (load_split(options.data, dataset, split) for split in ("train", "test"))
-    few = slice(options.train_images)
-    train_split = Split(pixels=whole.pixels[few], labels=whole.labels[few], note=whole.note)
+    train_split = whole.first(options.train_images)
     options.out.mkdir(parents=True, exist_ok=True)
     for setting in SETTINGS:
         wanted = not options.only or setting.name in options.only

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from tamzoo.backbones import GatedBlock
+from tamzoo.backbones import blocks_of
 from tamzoo.checkpoint import sha256_of
 from tamzoo.data import Split
 from tamzoo.evaluate import normalised
@@ -86,7 +86,7 @@ class _Ledger:
 
     def __init__(self, model: nn.Module, batches: int) -> None:
         self.passes: list[Pass] = []
-        self._blocks = [block for block in model.modules() if isinstance(block, GatedBlock)]
+        self._blocks = list(blocks_of(model).values())
         self._batches = batches
         self._runs = 0
 
@@ -96,7 +96,7 @@ class _Ledger:
     @contextmanager
     def study(self, name: str, configurations: int) -> Iterator[None]:
         """Times what is inside the block, which shows that many configurations of the model every image."""
-        hooks = [block.register_forward_pre_hook(self._count) for block in self._blocks]  # pyright: ignore
+        hooks = [block.register_forward_pre_hook(self._count) for block in self._blocks]
         self._runs, began = 0, time.monotonic()
         try:
             yield

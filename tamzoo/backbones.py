@@ -71,6 +71,11 @@ class GatedBlock:
         return None
 
 
+def blocks_of(model: nn.Module) -> dict[str, Any]:
+    """The model's residual blocks by name, from the stem to the head."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatedBlock)}
+
+
 def _is_affine(layer: nn.Module) -> bool:
     """Whether a factor of weight and bias is one of what the layer gives; a ReLU behind them passes it."""
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)

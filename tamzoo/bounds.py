@@ -46,7 +46,7 @@ def gate_bounds(gate: TAM, low: Tensor, high: Tensor) -> tuple[float, float]:
 
 @torch.no_grad()
 def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[float, float]]:
-    """Bounds of every TAM gate for all inputs between two; the black and the white picture: for all pictures.
+    """Bounds of every TAM gate for all inputs between `low` and `high`: from black to white, all pictures.
 
     Where the bounds of a gate are one number up to rounding, the gate is proven to be a constant: no picture
     of that size, seen or not, moves it.

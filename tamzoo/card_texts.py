@@ -12,7 +12,7 @@ ATTENTION_TEXTS = {
     "se": "with Squeeze-and-Excitation (reduction 16) at the end of every residual branch",
     "cbam": "with CBAM (reduction 16) at the end of every residual branch",
     "tam": "with a Tree-structured Attention Module (TAM) at the end of every residual branch: "
-    "grouped 1x1 convolutions and PReLUs that fold all channels into one gate per position",
+    "grouped 1x1 convolutions and PReLUs that reduce all channels to one gate per position",
     "scalar": "with one learned gate at the end of every residual branch, the same for all channels, "
     "positions and images: what TAM comes to where its gates are static",
 }

@@ -192,6 +192,11 @@ def load_weights(model: nn.Module, path: Path, name: str, *, head: bool = True) 
     model.load_state_dict(weights)
 
 
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; None where all are numbers."""
+    return next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+
+
 def check_finite(weights: dict[str, Tensor], name: str) -> None:
     """Sees that weights are numbers.
 
@@ -200,11 +205,10 @@ def check_finite(weights: dict[str, Tensor], name: str) -> None:
     Raises:
         ValueError: NaN or infinity; names the first tensor that holds one.
     """
-    for key, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(
-                f"{name}: {key} holds NaN or infinity; expected finite weights, train or fetch again"
-            )
+    if bad := not_finite(weights):
+        raise ValueError(
+            f"{name}: {bad} holds NaN or infinity; expected finite weights, train or fetch again"
+        )
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> str:
@@ -216,10 +220,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> str:
         key: value.half() if value.is_floating_point() and "measured_gate" not in key else value
         for key, value in ((key, value.detach().cpu().contiguous()) for key, value in state.items())
     }
-    bad = [
-        key for key, value in stored.items() if value.is_floating_point() and not torch.isfinite(value).all()
-    ]
-    if bad:
-        raise ValueError(f"{bad[0]} is not finite in float16; these weights are not stored")
+    if bad := not_finite(stored):
+        raise ValueError(f"{bad} is not finite in float16; these weights are not stored")
     write_whole(path, save(stored, metadata={"format": "pt"}))
     return sha256_of(path)

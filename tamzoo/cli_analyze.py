@@ -28,7 +28,7 @@ def analyze(
     """Show what the gates of a TAM model do: the paper's section 4 as numbers and pictures."""
     from tamzoo.analysis import analyse
     from tamzoo.checkpoint import write_whole
-    from tamzoo.data import Split, data_directory, load_split
+    from tamzoo.data import data_directory, load_split
     from tamzoo.findings import ANALYSIS
     from tamzoo.plots import check_picture
     from tamzoo.plots_analysis import plot_analysis
@@ -42,8 +42,7 @@ def analyze(
     candidates = (*known_peers(main), *(subject(given) for given in peer or ()))
     peers = list({each.weights.resolve(): each for each in candidates}.values())
     check_peers(main, peers)
-    split = load_split(folder, main.dataset, "test", bar)
-    split = Split(pixels=split.pixels[:images], labels=split.labels[:images], note=split.note)
+    split = load_split(folder, main.dataset, "test", bar).first(images)
     for each in (main, *peers):
         each.load()  # before anything is made or measured
     try:

@@ -16,7 +16,6 @@ def demo() -> None:
     import tempfile
     import time
 
-    from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.data import darkest_and_brightest, normalise
     from tamzoo.gates import measure_gates
     from tamzoo.images import random_crops, shipped_pictures
@@ -36,7 +35,7 @@ def demo() -> None:
     pixels = random_crops(256, dataset.input_size[-1])
     print("\n2. Do the attention gates depend on the picture?")
     gates = measure_gates(model, normalise(pixels, dataset), ends=darkest_and_brightest(dataset))
-    print_gates(gates, GATE_TOLERANCE, "256 crops and noise")
+    print_gates(gates, "256 crops and noise")
 
     with tempfile.TemporaryDirectory() as folder:
         print("3. Fold, export to ONNX, and compare with the unfolded torch model:")

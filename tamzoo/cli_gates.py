@@ -38,7 +38,6 @@ def gates(
     """Measure every gate of a TAM model: does it depend on its input, or is it proven not to?"""
     from dataclasses import asdict
 
-    from tamzoo.attention import GATE_TOLERANCE
     from tamzoo.data import darkest_and_brightest, normalise
     from tamzoo.gates import gates_of, measure_gates
 
@@ -55,7 +54,7 @@ def gates(
     if as_json:
         print(json.dumps([asdict(gate) for gate in found], indent=2))
     else:
-        print_gates(found, GATE_TOLERANCE, told)
+        print_gates(found, told)
 
 
 def freeze_gates(

@@ -13,7 +13,7 @@ class Clock:
 
     def __init__(self, budget: float, snapshot_seconds: float) -> None:
         self.budget, self.snapshot_seconds = budget, snapshot_seconds
-        self.started = self._last = time.monotonic()
+        self._started = self._last = time.monotonic()
         self._cost = 0.0  # seconds that the last snapshot took
 
     def snapshot_due(self) -> bool:
@@ -24,9 +24,5 @@ class Clock:
         self._last = time.monotonic()
         self._cost = self._last - began
 
-    def elapsed(self) -> float:
-        """Seconds of wall time."""
-        return time.monotonic() - self.started
-
     def spent(self) -> bool:
-        return self.elapsed() + self._cost > self.budget
+        return time.monotonic() - self._started + self._cost > self.budget

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -39,8 +39,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, n: int | None) -> "Split":
+        """Its first n images; all where None."""
+        return replace(self, pixels=self.pixels[:n], labels=self.labels[:n])
+
     def to(self, device: torch.device) -> "Split":
-        return Split(pixels=self.pixels.to(device), labels=self.labels.to(device), note=self.note)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 def data_directory(given: Path | None) -> Path:

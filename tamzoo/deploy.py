@@ -1,4 +1,4 @@
-"""What leaves the zoo: a folded model, what its file tells of it, and the gate that every file passes."""
+"""What leaves the zoo: a folded model, what its file tells of it, and the check that every file passes."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -30,11 +30,9 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, n: int) -> slice:
-        """This rank's images of a batch of n; where n does not divide, the first ranks take one more."""
-        least, more = divmod(n, self.size)
-        begin = self.rank * least + min(self.rank, more)
-        return slice(begin, begin + least + (self.rank < more))
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's rows of a batch; where they do not divide, the first ranks take one more."""
+        return rows.tensor_split(self.size)[self.rank]
 
     def from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors with the first rank's."""

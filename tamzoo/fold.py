@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tamzoo.attention import GATE_TOLERANCE
-from tamzoo.backbones import GatedBlock
+from tamzoo.backbones import blocks_of
 from tamzoo.gates import remember_gates
 from tamzoo.records import GateStats
 
@@ -19,7 +19,7 @@ class FoldReport:
     Attributes:
         folded: Gate name -> the constant that went into the layer before it.
         kept: Gate name -> why it is still there.
-        tolerance: Largest width that was folded.
+        tolerance: Largest width that was allowed to be folded.
         proven: The gates of those folded that no picture at all moves further than GATE_TOLERANCE from the
             constant; None where nobody asked.
     """
@@ -64,7 +64,7 @@ def reparameterize_model(
         raise ValueError("folding needs a model in eval mode; call model.eval() first")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is a width of a gate in [0, 1), got {tolerance}")
-    if not any(isinstance(module, GatedBlock) for module in model.modules()):
+    if not blocks_of(model):
         raise ValueError(f"{type(model).__name__} has no blocks that can be folded; pass a tamzoo model")
     if not inplace:
         try:
@@ -78,8 +78,8 @@ def reparameterize_model(
         remember_gates(model, gates)
     folded: dict[str, float] = {}
     kept: dict[str, str] = {}
-    for name, block in model.named_modules():
-        if isinstance(block, GatedBlock) and block.se is not None:
+    for name, block in blocks_of(model).items():
+        if block.se is not None:
             constant = float(getattr(block.se, "measured_gate", [0.0])[0])
             reason = block.reparameterize(tolerance)
             if reason is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tamzoo.attention import TAM
-from tamzoo.backbones import GatedBlock
+from tamzoo.backbones import blocks_of
 from tamzoo.bounds import bound_gates, gate_bounds
 from tamzoo.checkpoint import load_weights, save_weights, whole_file
 from tamzoo.progress import Progress, silent
@@ -103,7 +103,7 @@ def measure_gates(
     finally:
         for hook in hooks:
             hook.remove()
-    blocks = [name for name, module in model.named_modules() if isinstance(module, GatedBlock)]
+    blocks = list(blocks_of(model))
     proven = bound_gates(model, *(end.to(place.device) for end in ends)) if ends else {}
     return [
         _stats(

@@ -68,7 +68,7 @@ def fetch_weights(
     if isinstance(cached, str) and sha256_of(Path(cached)) == sha256:
         return Path(cached)
     path = None
-    for again in (damaged, True):
+    for again in (True,) if damaged else (False, True):
         try:
             found = hf_hub_download(
                 entry.hub_id,

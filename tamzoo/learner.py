@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tamzoo.augment import augment, draw, shrink
-from tamzoo.backbones import GatedBlock
+from tamzoo.backbones import blocks_of
 from tamzoo.block_end import join_ends
 from tamzoo.cache import cache_folder
 from tamzoo.catalogue import Entry
@@ -143,10 +143,9 @@ class Learner:
             Mean loss of this rank's share, on the device, without its graph; the next step may overwrite it.
         """
         recipe, n = self.recipe, len(chosen)
-        share = self.world.share(n)
-        mine = chosen[share]
+        mine = self.world.share(chosen)
         self._generator.manual_seed(seed_of(self.seed, step, salt=2))
-        draws = draw(n, recipe, self.dataset, self._generator)[share]
+        draws = self.world.share(draw(n, recipe, self.dataset, self._generator))
         x = shrink(augment(split.pixels[mine], draws, recipe, self.dataset), recipe, fraction)
         whole, group = n == recipe.batch_size, self.optimizer.param_groups[0]
         # The last batch of an epoch may be smaller; it runs as it is rather than be compiled too.
@@ -182,9 +181,8 @@ class Learner:
 def compile_blocks(model: nn.Module) -> None:
     """Has torch.compile make each residual block's pass, in place; blocks of one kind share a graph."""
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    for block in model.modules():
-        if isinstance(block, GatedBlock):
-            block.compile(dynamic=False)
+    for block in blocks_of(model).values():
+        block.compile(dynamic=False)
 
 
 def set_cudnn() -> None:

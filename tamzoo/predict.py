@@ -122,10 +122,8 @@ def onnx_classifier(session: Any, metadata: dict[str, Any], name: str = "the ONN
             f"{told} as {metadata['input']}; export it again"
         )
     run, (c, h, w) = _runner(session, name), size
-    labels, scores = (
-        metadata["labels"],
-        np.shape(run(np.zeros((PROBE, h, w, c) if raw else (PROBE, c, h, w)))),
-    )
+    labels = metadata["labels"]
+    scores = np.shape(run(np.zeros((PROBE, h, w, c) if raw else (PROBE, c, h, w))))
     if len(scores) != 2 or scores[0] != PROBE:
         raise ValueError(
             f"{name}: expected an ONNX graph whose first output is logits (n, classes) of any batch size n, "

@@ -1,4 +1,4 @@
-"""How long loops tell where they are: the rooms stay silent, `cli` passes a bar."""
+"""How a long loop tells how far it is: rooms are silent, unless a command passes a bar."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -8,12 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from torch import nn
 
 from tamzoo.catalogue import HUB_OWNER, Entry
 from tamzoo.checkpoint import WEIGHTS
-from tamzoo.hub import LOGIN, explain, hash_like, listing
+from tamzoo.hub import HUB_ERRORS, LOGIN, explain, hash_like, listing
 from tamzoo.staging import Staged, stage
 from tamzoo.weights import TAG
 
@@ -48,7 +48,7 @@ def _told(name: str, repo_id: str, api: HfApi) -> Iterator[None]:
     """Turns what happens at the Hub into one sentence that names the entry."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError) as error:
+    except HUB_ERRORS as error:
         reason = explain(error, repo_id, endpoint=api.endpoint)
         raise RuntimeError(f"{name}: {reason}. Nothing is half-published: publish again to finish") from error
 

@@ -1,5 +1,6 @@
 """How entries are trained, as data."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 
@@ -45,16 +46,9 @@ class Recipe:
 
     def lr_at(self, fraction: float) -> float:
         """Learning rate at a fraction of the training in [0, 1); at a drop, the value after it."""
-        before, after = self.lr_points[0], self.lr_points[-1]
-        for point in self.lr_points:
-            if point[0] <= fraction:
-                before = point
-            else:
-                after = point
-                break
-        span = after[0] - before[0]
-        weight = (fraction - before[0]) / span if span else 0.0
-        return self.lr * (before[1] + weight * (after[1] - before[1]))
+        at = bisect_right(self.lr_points, fraction, key=lambda point: point[0])
+        (begin, low), (end, high) = self.lr_points[at - 1 : at + 1]
+        return self.lr * (low + (fraction - begin) / (end - begin) * (high - low))
 
 
 def _drops(epochs: int, *at: int) -> tuple[tuple[float, float], ...]:

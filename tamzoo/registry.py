@@ -17,11 +17,11 @@ from tamzoo.backbones import BasicBlock, Bottleneck, ResNet
 from tamzoo.catalogue import BACKBONES, ENTRIES, Backbone, Entry
 from tamzoo.checkpoint import check_fit, check_weights_file
 from tamzoo.datasets import DATASETS, Dataset
-from tamzoo.hub import CARDS, entry_folder, fetch_weights
+from tamzoo.hub import fetch_weights
 from tamzoo.paper import PAPER_TITLE
 from tamzoo.wide_resnet import WideResNet
 
-__all__: list[str] = ["CARDS", "MODELS", "entry_folder", "find_model"]
+__all__: list[str] = ["MODELS", "find_model"]
 
 
 def find_model(name: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import ENTRIES, OWNER, Entry
 from tamzoo.checkpoint import write_whole
+from tamzoo.hub import CARDS
 from tamzoo.records import Record, read_record
-from tamzoo.registry import CARDS
 
 FIELDS: tuple[str, ...] = (
     "entry",
@@ -40,7 +40,7 @@ README_MARKS = ("<!-- results: written by `tamzoo results` -->", "<!-- /results 
 
 
 def record_of(entry: Entry) -> Record | None:
-    """The record of the entry's stored weights, None where there is none."""
+    """The record in the entry's folder, None where there is none."""
     path = CARDS / entry.name / "record.json" if CARDS else None
     return read_record(path) if path and path.is_file() else None
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tamzoo.checkpoint import HALF_WRITTEN, write_whole
+from tamzoo.checkpoint import HALF_WRITTEN, not_finite, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,8 @@ def save_snapshot(folder: Path, step: int, state: dict[str, Tensor], told: dict[
         ValueError: a tensor is not finite; nothing is written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{name} is not finite at step {step}")
+    if bad := not_finite(tensors):
+        raise ValueError(f"{bad} is not finite at step {step}")
     path = folder / f"snapshot-{step:08d}.safetensors"
     told = {**told, "step": str(step)}
     told["checksum"] = _checksum(tensors, told)

@@ -11,7 +11,7 @@ from timm.layers.cbam import CbamModule
 from torch import Tensor, nn
 
 from tamzoo.attention import TAM
-from tamzoo.backbones import GatedBlock
+from tamzoo.backbones import blocks_of
 from tamzoo.findings import Spread
 from tamzoo.gates import stage_of
 
@@ -93,8 +93,7 @@ def watched_gates(model: nn.Module, label: str) -> Iterator[Callable[[], list[Sp
     """
     watches: list[tuple[dict[str, Any], SpreadWatch]] = []
     hooks = []
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, GatedBlock)]
-    for block, (name, module) in enumerate(blocks, start=1):
+    for block, (name, module) in enumerate(blocks_of(model).items(), start=1):
         for kind, gate in _gates(module.se).items():
             place = {"model": label, "kind": kind, "name": f"{name}.se", "block": block}
             watches.append((place | {"stage": stage_of(name)}, watch := SpreadWatch()))

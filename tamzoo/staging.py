@@ -89,7 +89,7 @@ def check_sample(model: nn.Module, entry: Entry, split: Split, score: Score, n: 
     Raises:
         ValueError: the errors differ by more than four standard errors of such a sample.
     """
-    sample = Split(pixels=split.pixels[:n], labels=split.labels[:n])
+    sample = split.first(n)
     found, expected = evaluate(model, sample, entry.dataset).top1_error, score.top1_error
     spread = 100 * (max(expected / 100 * (1 - expected / 100), 1e-4) / len(sample)) ** 0.5
     if abs(found - expected) > 4 * spread:

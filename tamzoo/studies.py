@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tamzoo.backbones import GatedBlock
+from tamzoo.backbones import GatedBlock, blocks_of
 from tamzoo.findings import Lesion, Straightened, WeightVariance
 from tamzoo.gates import gates_of, stage_of
 
@@ -32,12 +32,11 @@ class Chain:
             raise ValueError("a study needs a model in eval mode; call model.eval() first")
         self.stem = cast(Callable[[Tensor], Tensor], model.forward_stem)
         self.tail = cast(Callable[[Tensor], Tensor], model.forward_tail)
-        self.blocks = {name: block for name, block in model.named_modules() if isinstance(block, GatedBlock)}
+        self.blocks = blocks_of(model)
 
     def onward(self, x: Tensor, block: int) -> Iterator[Tensor]:
         """What leaves each block from the one at index `block` on, fed with x."""
         for module in list(self.blocks.values())[block:]:
-            assert isinstance(module, nn.Module)
             x = module(x)
             yield x
 
@@ -156,13 +155,9 @@ def weight_variances(model: nn.Module, label: str) -> list[WeightVariance]:
         label: What the rows call the model.
     """
     rows = []
-    for name, block in model.named_modules():
-        if isinstance(block, GatedBlock):
-            assert isinstance(block, nn.Module)
-            convolutions = [layer for layer in block.children() if isinstance(layer, nn.Conv2d)]
-            weights = torch.cat([layer.weight.detach().flatten() for layer in convolutions])
-            variance = weights.double().var(unbiased=False).item()
-            rows.append(
-                WeightVariance(model=label, block=len(rows) + 1, stage=stage_of(name), variance=variance)
-            )
+    for index, (name, block) in enumerate(blocks_of(model).items(), start=1):
+        convolutions = [layer for layer in block.children() if isinstance(layer, nn.Conv2d)]
+        weights = torch.cat([layer.weight.detach().flatten() for layer in convolutions])
+        variance = weights.double().var(unbiased=False).item()
+        rows.append(WeightVariance(model=label, block=index, stage=stage_of(name), variance=variance))
     return rows

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -10,12 +11,11 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tamzoo.catalogue import ATTENTION_NAMES, ENTRIES, Backbone
-from tamzoo.checkpoint import WEIGHTS, check_finite, load_weights, read_finished
+from tamzoo.checkpoint import WEIGHTS, check_finite, load_weights, model_arguments, read_finished
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.findings import Curve
 from tamzoo.hub import entry_folder, fetch_weights
 from tamzoo.journal import read_log
-from tamzoo.records import read_record
 from tamzoo.registry import MODELS, find_model
 
 
@@ -46,12 +46,13 @@ class Subject:
             ValueError: the weights or the record's model arguments are not of this architecture, or the
                 weights are not finite.
         """
-        record = self.weights.parent / "record.json"
-        arguments = read_record(record).model_args if record.is_file() else {}
+        arguments: dict[str, Any] = model_arguments(self.weights) | {"num_classes": self.dataset.num_classes}
         try:
             model = timm.create_model(self.entry, **arguments).eval()
         except TypeError as error:
-            raise ValueError(f"{record}: {self.entry} cannot be made with {arguments}: {error}") from error
+            raise ValueError(
+                f"{self.weights}: {self.entry} cannot be made with {arguments}: {error}"
+            ) from error
         load_weights(model, self.weights, self.entry)
         check_finite(model.state_dict(), str(self.weights))
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -73,7 +73,9 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     Console(width=None if sys.stdout.isatty() else 140).print(drawn)
 
 
-def print_gates(gates: Iterable[GateStats], tolerance: float, images: str) -> None:
+def print_gates(gates: Iterable[GateStats], images: str) -> None:
+    from tamzoo.attention import GATE_TOLERANCE
+
     columns = ("gate", "block", "stage", "mean", "std", "min", "max", "bound", "static", "any picture")
     rows = [
         (
@@ -85,12 +87,14 @@ def print_gates(gates: Iterable[GateStats], tolerance: float, images: str) -> No
             f"{gate.min:.6f}",
             f"{gate.max:.6f}",
             f"{gate.bound_min:.6f} to {gate.bound_max:.6f}",
-            "yes" if gate.width <= tolerance else "no",
-            gate.on_any_picture(tolerance),
+            "yes" if gate.width <= GATE_TOLERANCE else "no",
+            gate.on_any_picture(GATE_TOLERANCE),
         )
         for gate in gates
     ]
-    title = f"Gates over {images}; static: maximum - minimum at most {tolerance:g}; proven: on any picture"
+    title = (
+        f"Gates over {images}; static: maximum - minimum at most {GATE_TOLERANCE:g}; proven: on any picture"
+    )
     table(title, columns, rows)
 
 

@@ -252,9 +252,7 @@ class Run:
         permutation = torch.randperm(len(self.train_split), generator=order).to(self.device)
         started, seconds = time.monotonic(), self.seconds
         self._timed = self._images, started
-        for index, chosen in enumerate(permutation.split(self.recipe.batch_size)):
-            if index < begin:
-                continue
+        for index, chosen in enumerate(permutation.split(self.recipe.batch_size)[begin:], begin):
             fraction = self.step / self.steps
             self._losses[index] = self.learner.learn(self.train_split, chosen, self.step, fraction)
             self.step, self._images = self.step + 1, self._images + len(chosen)

@@ -108,7 +108,7 @@ class WideResNet(nn.Module):
 
         reduction = 1 if stem == "3x3" else 2
         self.feature_info = [{"num_chs": stem_width, "reduction": reduction, "module": "act1"}]
-        reduction *= reduction
+        reduction *= reduction  # the 7x7 stem's max-pool halves once more: 1 stays 1, 2 becomes 4
         inplanes, index, last = stem_width, 0, max(sum(layers) - 1, 1)
         self.stage_names = tuple(f"layer{stage}" for stage in range(1, len(layers) + 1))
         for name, blocks, planes in zip(self.stage_names, layers, channels, strict=True):

@@ -8,8 +8,8 @@ import pytest
 
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import sha256_of
+from tamzoo.hub import entry_folder
 from tamzoo.records import Record, read_record
-from tamzoo.registry import entry_folder
 from tamzoo.results import (
     README_MARKS,
     record_of,

@@ -64,7 +64,7 @@ import sys
 from pathlib import Path
 from tamzoo.catalogue import ENTRIES
 from tamzoo.staging import stage
-from tamzoo.registry import CARDS
+from tamzoo.hub import CARDS
 from tamzoo.results import results_csv
 
 entry = ENTRIES["wrn10_4_tam.cifar10"]

@@ -75,7 +75,8 @@ def test_batch_norm_of_all_ranks_is_not_compiled(group_of_one):
 
 @pytest.mark.parametrize(("n", "size"), [(8, 2), (7, 2), (128, 3), (80, 7), (5, 5)])
 def test_shares_are_nearly_equal_and_all_of_a_batch(n, size):
-    shares = [range(n)[World(device=CPU, rank=rank, size=size).share(n)] for rank in range(size)]
+    worlds = [World(device=CPU, rank=rank, size=size) for rank in range(size)]
+    shares = [world.share(torch.arange(n)).tolist() for world in worlds]
     assert [index for share in shares for index in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
