@@ -32,7 +32,7 @@ from tamzoo.gates import measure_gates
 from tamzoo.images import random_crops
 from tamzoo.journal import hardware
 from tamzoo.latency import time_in_turns
-from tamzoo.onnx_export import export_onnx, open_session, operators_of, runner
+from tamzoo.onnx_export import export_entry, open_session, operators_of, runner
 from tamzoo.plots import check_picture, plot_latencies
 from tamzoo.quantise import quantise
 from tamzoo.records import Timing
@@ -121,10 +121,7 @@ def prepare(backbone: str, tag: str, chosen: Iterable[str], threads: int) -> Con
         for program, attention in ATTENTIONS.items():
             if program in chosen | {"TAM folded"}:
                 model = made.get(program) or settled(f"{backbone}_{attention}.{tag}", few, dataset)
-                told = {"entry": program}
-                export_onnx(
-                    model, files[program], reference=model, dataset=dataset, pixels=pixels, metadata=told
-                )
+                export_entry(model, files[program], pixels=pixels, keep_gates=True)
         if "int8" in chosen:
             model = quantise(files["TAM folded"], dataset, pixels)
             files["int8"].write_bytes(model.SerializeToString())

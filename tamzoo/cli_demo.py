@@ -57,16 +57,13 @@ def _time_demo(files: dict[str, Path], dataset: Dataset, plain: Path) -> None:
     import timm
 
     from tamzoo.data import normalise
-    from tamzoo.deploy import PARITY_IMAGES
     from tamzoo.images import random_crops
     from tamzoo.latency import time_in_turns
-    from tamzoo.onnx_export import export_onnx, open_session
+    from tamzoo.onnx_export import export_entry, open_session
 
     # untrained: the weights' values do not change the time
-    model = timm.create_model(DEMO_ENTRY.replace("_tam", "_plain")).eval()
-    pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
-    export_onnx(model, plain, reference=model, dataset=dataset, pixels=pixels, metadata={"entry": "plain"})
-    image = {"pixel_values": normalise(pixels[:1], dataset).numpy()}
+    export_entry(timm.create_model(DEMO_ENTRY.replace("_tam", "_plain")).eval(), plain)
+    image = {"pixel_values": normalise(random_crops(1, dataset.input_size[-1]), dataset).numpy()}
     sessions = {name: open_session(path, threads=1) for name, path in ({"plain": plain} | files).items()}
     programs = {name: (lambda s=session: s.run(None, image)) for name, session in sessions.items()}
     for timing in time_in_turns(programs, rounds=200, progress=bar):

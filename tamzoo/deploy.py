@@ -99,33 +99,46 @@ def as_input(pixels: Tensor, dataset: Dataset, uint8: bool = False) -> Tensor:
     return (pixels.permute(0, 2, 3, 1) if uint8 else normalise(pixels, dataset)).contiguous()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A model of ours made ready for export.
+
+    Attributes:
+        name: `architecture.tag`.
+        model: What a file computes: folded, unless its gates were to be kept.
+        reference: What a file must agree with: the model as it came.
+        pixels: uint8 (n, 3, h, w), for the parity check, n >= 256.
+        report: What folding did; None where the gates were to be kept.
+        told: What a file tells of the model, beside `told_of`.
+    """
+
+    name: str
+    model: nn.Module
+    reference: nn.Module
+    dataset: Dataset
+    pixels: Tensor
+    report: FoldReport | None
+    told: dict[str, Any]
+
+
 def write_checked(
-    path: Path,
-    write: Callable[[Path], object],
-    load: Callable[[Path], Run],
-    *,
-    reference: nn.Module,
-    dataset: Dataset,
-    pixels: Tensor,
-    **how: Any,
+    made: Deployment, path: Path, write: Callable[[Path], object], load: Callable[[Path], Run], **how: Any
 ) -> Parity:
-    """Writes a file that gets its name only if it answers as the reference does.
+    """Writes a file that gets its name only if it answers as the deployment's reference does.
 
     Args:
-        reference: The unfolded model, in eval mode on the CPU.
-        pixels: uint8 (n, 3, h, w) images to compare on, n >= 256.
         how: As for `check_parity`.
     Raises:
         ValueError: too few images, training mode, no such folder, or the parity fails: then there is no file.
     """
-    if len(pixels) < PARITY_IMAGES:
-        raise ValueError(f"the parity check needs at least {PARITY_IMAGES} images, got {len(pixels)}")
-    if reference.training:
+    if len(made.pixels) < PARITY_IMAGES:
+        raise ValueError(f"the parity check needs at least {PARITY_IMAGES} images, got {len(made.pixels)}")
+    if made.reference.training:
         raise ValueError("export needs models in eval mode; call model.eval() first")
     check_output_file(path)
     with whole_file(path) as part:
         write(part)
-        parity = check_parity(load(part), reference, dataset, pixels, **how)
+        parity = check_parity(load(part), made.reference, made.dataset, made.pixels, **how)
         if not parity.passed:
             raise ValueError(f"{path} is not written, the export disagrees with the model: {parity}")
     return parity
@@ -149,28 +162,6 @@ def told_of(deployed: nn.Module, dataset: Dataset, uint8: bool = False) -> dict[
 def as_texts(told: dict[str, Any]) -> dict[str, str]:
     """Texts as they are, lists and objects as JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """A model of ours made ready for export.
-
-    Attributes:
-        name: `architecture.tag`.
-        model: What a file computes: folded, unless its gates were to be kept.
-        reference: What a file must agree with: the model as it came.
-        pixels: uint8 (n, 3, h, w), for the parity check.
-        report: What folding did; None where the gates were to be kept.
-        told: What a file tells of the model, beside `told_of`.
-    """
-
-    name: str
-    model: nn.Module
-    reference: nn.Module
-    dataset: Dataset
-    pixels: Tensor
-    report: FoldReport | None
-    told: dict[str, Any]
 
 
 def _with_classes(

@@ -132,72 +132,38 @@ def export_entry(
         model: In eval mode on the CPU, as `timm.create_model` made it.
         how: As for `deployment`.
     Raises:
-        ValueError: as `deployment` and `export_onnx`.
+        ValueError: as `deployment` and `write_checked`.
     """
     made = deployment(model, **how)
     return made.report, export_deployment(made, Path(path), uint8=uint8, progress=progress)
 
 
 def export_deployment(
-    made: Deployment,
-    path: Path,
-    *,
-    uint8: bool = False,
-    float16: bool = False,
-    progress: Progress = silent,
+    made: Deployment, path: Path, *, uint8: bool = False, float16: bool = False, progress: Progress = silent
 ) -> Parity:
-    """As `export_onnx`."""
-    return export_onnx(
-        made.model,
-        path,
-        reference=made.reference,
-        dataset=made.dataset,
-        pixels=made.pixels,
-        metadata=made.told,
-        uint8=uint8,
-        float16=float16,
-        progress=progress,
-    )
-
-
-def export_onnx(
-    deployed: nn.Module,
-    path: Path,
-    *,
-    reference: nn.Module,
-    dataset: Dataset,
-    pixels: Tensor,
-    metadata: dict[str, Any],
-    uint8: bool = False,
-    float16: bool = False,
-    progress: Progress = silent,
-) -> Parity:
-    """Exports a model and compares the file with a reference before it gets its name.
+    """Writes an ONNX file, which gets its name only if it agrees with the deployment's reference.
 
     Args:
-        deployed: What the file computes, in eval mode on the CPU, for instance a folded model.
-        reference: What it must agree with, the unfolded model.
-        pixels: uint8 (n, 3, h, w) images to compare on, n >= 256.
-        metadata: Texts, lists and objects, stored in the file beside the data set's.
         uint8: The file takes raw (n, h, w, 3) bytes in place of normalised float32 (n, 3, h, w).
         float16: Weights and arithmetic in half precision; input and output stay as they are.
     Raises:
-        ValueError: too few images, training mode, or the parity fails: then there is no file.
+        ValueError: training mode, or as `write_checked`.
     """
     onnx, _ = onnx_libraries()
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    if deployed.training:
+    if made.model.training:
         raise ValueError("export needs models in eval mode; call model.eval() first")
-    graph = HalfInside(deployed).eval() if float16 else deployed
+    graph = HalfInside(made.model).eval() if float16 else made.model
     if uint8:
-        graph = ByteInput(graph, dataset).eval()
-    told = metadata | told_of(deployed, dataset, uint8) | {"precision": "float16" if float16 else "float32"}
+        graph = ByteInput(graph, made.dataset).eval()
+    told = made.told | told_of(made.model, made.dataset, uint8)
+    told["precision"] = "float16" if float16 else "float32"
 
     def write(part: Path) -> None:
         program = torch.onnx.export(
             graph,
-            (as_input(pixels[:2], dataset, uint8),),
+            (as_input(made.pixels[:2], made.dataset, uint8),),
             input_names=["pixel_values"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -213,12 +179,10 @@ def export_onnx(
         part.write_bytes(model.SerializeToString())
 
     return write_checked(
+        made,
         path,
         write,
         lambda part: runner(open_session(part)),
-        reference=reference,
-        dataset=dataset,
-        pixels=pixels,
         program="onnxruntime",
         uint8=uint8,
         tolerance=FLOAT16 if float16 else EXACT,

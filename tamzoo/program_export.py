@@ -51,12 +51,10 @@ def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress:
         return model
 
     return write_checked(
+        made,
         path,
         lambda part: part.write_bytes(save(state, metadata=as_texts(told))),
         load,
-        reference=made.reference,
-        dataset=made.dataset,
-        pixels=made.pixels,
         program=plain,
         progress=progress,
     )
@@ -87,12 +85,10 @@ def export_program(
         part.write_bytes(archive.getvalue())
 
     return write_checked(
+        made,
         path,
         write,
         load_program,
-        reference=made.reference,
-        dataset=made.dataset,
-        pixels=made.pixels,
         program="torch.export program",
         uint8=uint8,
         progress=progress,

@@ -98,12 +98,10 @@ def export_int8(
         part.write_bytes(model.SerializeToString())
 
     return write_checked(
+        made,
         path,
         write,
         lambda part: runner(open_session(part)),
-        reference=made.reference,
-        dataset=made.dataset,
-        pixels=made.pixels,
         program="onnxruntime in int8",
         tolerance=INT8,
         progress=progress,

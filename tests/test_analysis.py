@@ -209,7 +209,7 @@ def test_a_run_with_another_group_size_loads_as_it_was_trained(tmp_path):
     (folder / "record.json").write_text(record.to_json())
     assert subjects.subject(str(folder)).load().layer1[0].se.group_size == 4
     (folder / "record.json").write_text(replace(record, model_args={"colour": 1}).to_json())
-    with pytest.raises(ValueError, match=r"model.safetensors: resnet20_tam.cifar10 cannot be made with .*colour"):
+    with pytest.raises(ValueError, match=r"safetensors: resnet20_tam.cifar10 cannot be made with .*colour"):
         subjects.subject(str(folder)).load()
 
 

@@ -9,9 +9,9 @@ import torch
 import tamzoo
 from tamzoo.data import normalise
 from tamzoo.datasets import DATASETS
-from tamzoo.deploy import FLOAT16, check_parity
+from tamzoo.deploy import FLOAT16, Deployment, check_parity
 from tamzoo.images import random_crops
-from tamzoo.onnx_export import export_onnx, metadata_of, open_session, operators_of, runner
+from tamzoo.onnx_export import export_deployment, metadata_of, open_session, operators_of, runner
 
 CIFAR10 = DATASETS["cifar10"]
 PIXELS = random_crops(256, 32)
@@ -32,15 +32,23 @@ def static(shaken):
     return build
 
 
-def export(deployed, path, reference, **kwargs):
-    arguments = {"dataset": CIFAR10, "pixels": PIXELS, "metadata": {"entry": "test"}}
-    return export_onnx(deployed, path, reference=reference, **(arguments | kwargs))
+def export(deployed, path, reference, uint8=False, **changes):
+    made = Deployment(
+        name="test",
+        model=deployed,
+        reference=reference,
+        dataset=CIFAR10,
+        pixels=PIXELS,
+        report=None,
+        told={"entry": "test"},
+    )
+    return export_deployment(replace(made, **changes), path, uint8=uint8)
 
 
 @pytest.mark.parametrize("backbone", ["resnet20", "wrn10_4"])
 def test_a_folded_file_agrees_with_the_unfolded_model_and_has_the_plain_operators(backbone, static, tmp_path):
     model, folded = static(backbone)
-    parity = export(folded, tmp_path / "folded.onnx", model, metadata={"entry": "test", "gates": {"a": 0.5}})
+    parity = export(folded, tmp_path / "folded.onnx", model, told={"entry": "test", "gates": {"a": 0.5}})
     assert parity.n == 256 and parity.same_top1 == 256 and parity.max_difference <= 1e-3
     plain = timm.create_model(f"{backbone}_plain.cifar10").eval()
     export(plain, tmp_path / "plain.onnx", plain)
@@ -88,9 +96,7 @@ def test_a_file_that_disagrees_is_not_written(static, tmp_path):
 def test_missing_labels_and_empty_texts_come_back_as_they_were(tmp_path):
     model = timm.create_model("resnet20_plain.cifar10").eval()
     unnamed = replace(CIFAR10, class_names=None)
-    export(
-        model, tmp_path / "x.onnx", model, dataset=unnamed, metadata={"entry": "test", "weights_sha256": ""}
-    )
+    export(model, tmp_path / "x.onnx", model, dataset=unnamed, told={"entry": "test", "weights_sha256": ""})
     told = metadata_of(open_session(tmp_path / "x.onnx"))
     assert told["labels"] is None and told["weights_sha256"] == ""
 
