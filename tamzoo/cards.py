@@ -62,7 +62,7 @@ def render_card(
         claim = _score(run) if run else UNCLAIMED
         return UNTRAINED.substitute(texts, claim=claim, cell=_paper_text(entry) + how)
     c, h, w = entry.dataset.input_size
-    whose = f'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "{owner}"  # before tamzoo is imported\n\n'
+    elsewhere = f'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "{owner}"  # before tamzoo is imported\n\n'
     theirs = "; the paper's errors are of its best test epoch" if entry.paper else ""
     note = f" ({record.score.data_note})" if record.score.data_note else ""
     return TRAINED.substitute(
@@ -77,7 +77,7 @@ def render_card(
         training=training(record),
         last=" of the last run" * bool(record.start),
         hub_id=f"{owner}/{entry.name}",
-        whose="" if owner == OWNER else whose,
+        whose=elsewhere * (owner != OWNER),
         trained_on=", then ".join(dataset.title for dataset in datasets),
         model=entry.model,
         tag=entry.dataset.tag,
