@@ -2,6 +2,7 @@
 
 import copy
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -206,6 +207,17 @@ def test_what_is_not_finite_stays_so(value, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         found, expected = module(x), reference(module, x)
     assert torch.equal(found.isfinite(), expected.isfinite()) and not found.isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="a mode of x86 CPUs")
+def test_subnormal_numbers_count_as_zero_in_the_kernels_alone():  # products of young slopes are, and slow
+    module, x = shaken(8, torch.float32), images(4, 8, 64, 64, dtype=torch.float32)
+    tiny = torch.full_like(x, 1e-39)
+    assert not module(tiny).any()
+    (grad,) = torch.autograd.grad(module(x), x, tiny)
+    assert not grad.any()
+    assert (tiny * 0.5).all()  # on all of torch's threads
 
 
 def test_without_a_compiler_the_tree_is_computed_plainly(tmp_path, monkeypatch, caplog):
