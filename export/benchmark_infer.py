@@ -6,8 +6,6 @@ weights gets random ones, and its gates are folded as they were measured, static
 """
 
 import argparse
-import csv
-import io
 import os
 import shlex
 import sys
@@ -36,6 +34,7 @@ from tamzoo.onnx_export import export_entry, open_session, operators_of, runner
 from tamzoo.plots import check_picture, plot_latencies
 from tamzoo.quantise import quantise
 from tamzoo.records import Timing
+from tamzoo.results import csv_text
 from tamzoo.terminal import bar
 
 ATTENTIONS = {"plain": "plain", "SE": "se", "CBAM": "cbam", "TAM unfolded": "tam", "TAM folded": "tam"}
@@ -223,8 +222,4 @@ def _as_csv(series: dict[tuple[str, int], list[Timing]], options: argparse.Names
         for (backbone, batch), timings in series.items()
         for timing in timings
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows[0], rows)

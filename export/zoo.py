@@ -10,7 +10,6 @@ import argparse
 import csv
 import errno
 import fnmatch
-import io
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,6 +32,7 @@ from tamzoo.latency import time_in_turns
 from tamzoo.onnx_export import export_deployment, onnx_libraries, open_session, runner
 from tamzoo.program_export import export_plain, export_program, load_program, plain_name
 from tamzoo.quantise import calibration_of, export_int8
+from tamzoo.results import csv_text
 from tamzoo.terminal import bar, one_sentence, table
 
 BATCH = 250
@@ -192,11 +192,7 @@ def _latency_ratios(made: Deployment, runs: dict[int, Run], rounds: int) -> dict
 
 def report(rows: Iterable[Row]) -> str:
     """The whole of report.csv."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [column.name for column in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rounded(row) for row in rows)
-    return text.getvalue()
+    return csv_text([column.name for column in fields(Row)], map(_rounded, rows))
 
 
 def _rounded(row: Row) -> dict[str, object]:

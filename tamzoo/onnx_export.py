@@ -1,6 +1,7 @@
 """A model as one ONNX file that answers as the torch model does, or no file at all."""
 
 import json
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -193,5 +194,4 @@ def export_deployment(
 def operators_of(path: Path) -> dict[str, int]:
     """How many nodes of each operator an ONNX file has."""
     onnx, _ = onnx_libraries()
-    kinds: list[str] = [node.op_type for node in onnx.load(path).graph.node]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return dict(sorted(Counter(node.op_type for node in onnx.load(path).graph.node).items()))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,18 @@ def result_row(entry: Entry) -> dict[str, object]:
     return row
 
 
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """The whole of a CSV file with these columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def results_csv() -> str:
     """The whole of results.csv."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(result_row, ENTRIES.values()))
-    return text.getvalue()
+    return csv_text(FIELDS, map(result_row, ENTRIES.values()))
 
 
 def results_markdown() -> str:

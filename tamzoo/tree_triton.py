@@ -293,6 +293,7 @@ def _forward(x: Tensor, parameters: Tensor, *end: Tensor) -> Tensor:
             channels,
             bool(end),
             num_warps=warps,
+            enable_fp_fusion=True,  # the default before Triton 3.10
         )
     return out
 
@@ -325,5 +326,6 @@ def _backward(grad: Tensor, x: Tensor, parameters: Tensor, *end: Tensor) -> tupl
             channels,
             bool(end),
             num_warps=warps,
+            enable_fp_fusion=True,  # the default before Triton 3.10
         )
     return grad_x, sums

@@ -98,7 +98,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(channels, end):
         kinds = {name: "*bf16" if name in rounded else "*fp32" for name in kernel.arg_names}
         kinds |= dict.fromkeys(("count", "programs"), "i32") | dict.fromkeys(fixed, "constexpr")
         source = ASTSource(kernel, {name: kinds[name] for name in kernel.arg_names}, fixed)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         assert made.asm["cubin"]
 
 
