@@ -154,7 +154,7 @@ def turning(weight: Tensor, kernel: int = 1, **how) -> nn.Conv2d:
 
 
 def scaling(scale: list[float]) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(len(scale), eps=0)
+    norm = nn.BatchNorm2d(len(scale), eps=1e-12)
     norm.weight.data = torch.tensor(scale)
     return norm
 
