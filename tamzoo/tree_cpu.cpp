@@ -18,7 +18,7 @@ namespace {
 constexpr int LANES = 16;
 
 // Takes subnormal numbers for 0 while it lives, in its thread. Slopes begin at 0, and the product of a few that
-// have hardly moved is subnormal; a CPU may take a hundred times as long for one.
+// have hardly moved is subnormal; some CPUs take far longer for one.
 struct SubnormalsAreZero {
 #ifdef __SSE2__
     const unsigned before = _mm_getcsr();
