@@ -148,9 +148,9 @@ def describe(tam: str, report: FoldReport, plain: dict[str, int], folded: dict[s
         raise RuntimeError(f"{tam}: folded, its operators are {folded}, those of the plain graph are {plain}")
     counts = ", ".join(f"{count} {operator}" for operator, count in folded.items())
     gates = f"{len(report.folded)} of {len(report.folded) + len(report.kept)} gates folded"
-    if report.kept:
-        return f"trained weights, {gates}. Operators of the folded graph: {counts}"
     weights = "trained weights" if _trained(tam) else "random weights, gates folded by their means"
+    if report.kept:
+        return f"{weights}, {gates}. Operators of the folded graph: {counts}"
     return f"{weights}, {gates}. Operators of plain and folded graph alike: {counts}"
 
 

@@ -27,6 +27,9 @@ class TAM(nn.Module):
     of any dtype, and is reset by a forward pass in training mode and by weights that come without it or that
     hold it in 16 bits.
 
+    A gradient can be differentiated again (`create_graph=True`) where x is not channels_last, and by
+    `torch.func` in any memory format.
+
     Args:
         channels: c >= 1.
         group_size: g >= 2, the number of channels that one node of the tree sees.
@@ -86,8 +89,9 @@ class TAM(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # weights that know nothing of gates, or of which 16 bits were kept, leave the gate unmeasured
         found = state_dict.get(name := f"{prefix}measured_gate")
-        if found is None or found.dtype not in (torch.float32, torch.float64):
-            state_dict[name] = torch.zeros_like(self.measured_gate)
+        ours = any(key.startswith(prefix) for key in state_dict)  # other layers' weights change no gate
+        if ours and (found is None or found.dtype not in (torch.float32, torch.float64)):
+            state_dict[name] = torch.zeros(3)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from timm.layers import BatchNormAct2d, GroupNorm, LayerNorm2d
 from timm.models import resnet
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tamzoo.attention import GATE_TOLERANCE, TAM, Scalar
+from tamzoo.bounds import NORMS
+from tamzoo.tree import is_plain
 
 STEMS = ("3x3", "7x7")
 
@@ -46,7 +49,8 @@ class GatedBlock:
             return f"{self.last_affine} ({type(layer).__name__}) has no weights of its own to fold into"
         if not _is_affine(layer):
             return (
-                f"{self.last_affine} ({type(layer).__name__}) does more than scale and shift, or has a hook"
+                f"{self.last_affine} ({type(layer).__name__}) may do more than scale and shift: by its type, "
+                "by a hook or by another forward"
             )
         mean, low, high = self.se.measured_gate.double().tolist()
         if high == 0.0:
@@ -78,13 +82,9 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
 
 def _is_affine(layer: nn.Module) -> bool:
     """Whether a factor of weight and bias is one of what the layer gives; a ReLU behind them passes it."""
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
-    last = getattr(layer, "act", None)  # of timm's layers that normalise and activate
-    return (
-        isinstance(layer, kinds)
-        and (last is None or isinstance(last, (nn.Identity, nn.ReLU)))
-        and not (layer._forward_pre_hooks or layer._forward_hooks)
-    )
+    if is_plain(layer, BatchNormAct2d):
+        return is_plain(layer.act, nn.Identity, nn.ReLU)
+    return is_plain(layer, nn.Conv2d, *NORMS, nn.InstanceNorm2d, nn.GroupNorm, GroupNorm, LayerNorm2d)
 
 
 class BasicBlock(GatedBlock, resnet.BasicBlock):

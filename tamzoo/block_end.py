@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tamzoo.attention import TAM
 from tamzoo.backbones import BasicBlock, Bottleneck
-from tamzoo.tree import flat, gate_product, gate_product_backward, launches, ordinary
+from tamzoo.tree import flat, gate_product, gate_product_backward, is_plain, launches, ordinary
 
 
 class _JoinedEnd:
@@ -26,10 +26,11 @@ class _JoinedEnd:
         _branch: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.se is None:
+        norm = getattr(self, self.last_affine)
+        if not (self.training and norm.training) or self.se is None:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         shortcut = x if self.downsample is None else self.downsample(x)
-        x, norm = self._branch(x), getattr(self, self.last_affine)
+        x = self._branch(x)
         self.se.forget_gate()
         return block_end(x, *_statistics(x, norm), norm.weight, norm.bias, shortcut, flat(self.se.tree))
 
@@ -58,7 +59,8 @@ def join_ends(model: nn.Module) -> int:
     """Makes every block that can train with its end as one operation, in place; returns how many.
 
     Those are the ResNets' blocks with a TAM of group size 2 over a power of two of channels, BatchNorm2d and
-    ReLU, without stochastic depth. Parameters and buffers stay what they are, as does the pass in eval mode.
+    ReLU, without stochastic depth or hooks. Parameters and buffers stay what they are, as does the pass in
+    eval mode, of the block or of its BatchNorm.
     On a GPU where Triton does not run there are none, and the log says why.
     """
     if any(parameter.is_cuda for parameter in model.parameters()) and not launches():
@@ -72,15 +74,15 @@ def join_ends(model: nn.Module) -> int:
 def _can_join(block: Any) -> bool:
     norm, act = getattr(block, block.last_affine), getattr(block, block.last_affine.replace("bn", "act"))
     return (
-        type(block.se) is TAM
+        is_plain(block.se, TAM)
         and block.se.group_size == 2
         and block.se.channels.bit_count() == 1 < block.se.channels
         and ordinary(block.se.tree)
-        and type(norm) is nn.BatchNorm2d
+        and is_plain(norm, nn.BatchNorm2d)
         and norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and type(act) is nn.ReLU
+        and is_plain(act, nn.ReLU)
         and block.drop_path is None
     )
 

@@ -2,7 +2,8 @@
 
 A feature is known by the ends of an interval in which it lies, and a position by a ball in which its channels
 lie together: in deep networks the ends part far faster than the ball grows. All of it is in float64, and
-every step widens it by what float32 can round there, added up in any order.
+every step widens it by what float32 can round there, added up in any order. Convolutions that transform whole
+tiles (Winograd, FFT), as cuDNN and NNPACK may choose, round otherwise, which the bounds leave out.
 """
 
 import operator
@@ -12,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
 from torch.nn.functional import conv2d
 from torch.nn.modules.batchnorm import _BatchNorm  # of several processes too
 
 from tamzoo.attention import TAM
 from tamzoo.distributed import GlobalBatchNorm
-from tamzoo.tree import ordinary
+from tamzoo.tree import is_plain, ordinary
 
 HALF_ULP = 2.0**-24  # relative rounding error of one float32 operation
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -69,17 +69,22 @@ def bound_gates(model: nn.Module, low: Tensor, high: Tensor) -> dict[str, tuple[
     found = {name: (0.0, 1.0) for name, module in model.named_modules() if isinstance(module, TAM)}
     low, high = low.double(), high.double()
     if found:
-        with suppress(_Unknown, TraceError):
-            if model._forward_pre_hooks or "forward" in vars(model):  # which a trace leaves out
-                raise _Unknown
-            _Regions(fx.GraphModule(model, _Tracer().trace(model)), found).run(
-                _region(low, high, (low + high) / 2)
-            )
+        with suppress(_Unknown):
+            _Regions(_traced(model), found).run(_region(low, high, (low + high) / 2))
     return found
 
 
 class _Unknown(Exception):
     """There is no rule for a layer, or float32 may overflow in it."""
+
+
+def _traced(model: nn.Module) -> fx.GraphModule:
+    if model._forward_pre_hooks or "forward" in vars(model):  # which a trace leaves out
+        raise _Unknown
+    try:
+        return fx.GraphModule(model, _Tracer().trace(model))
+    except Exception as error:  # of any kind: it runs whatever layers users put there
+        raise _Unknown from error
 
 
 class _Tracer(fx.Tracer):
@@ -163,6 +168,8 @@ class _Regions(fx.Interpreter):
         return super().run_node(n) if self._left else None
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Region:
+        if kwargs:
+            raise _Unknown(target)
         module, x = self.fetch_attr(target), args[0]
         if _plain(module, TAM):
             self._gates[target] = _through_tree(module, x.low.amin((0, 2, 3)), x.high.amax((0, 2, 3)))
@@ -191,13 +198,8 @@ class _Regions(fx.Interpreter):
 
 
 def _plain(module: Any, *types: type[nn.Module]) -> bool:
-    """Whether a layer does what its type says in eval mode: no subclass, no method in place of its type's,
-    nor hooks, by which pruning makes its weights."""
-    return (
-        type(module) in types
-        and not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
-        and not (module.training and isinstance(module, (*NORMS, nn.Dropout)))
-    )
+    """As `is_plain`, in eval mode."""
+    return is_plain(module, *types) and not (module.training and isinstance(module, (*NORMS, nn.Dropout)))
 
 
 def _overwrites(node: fx.Node, traced: fx.GraphModule) -> bool:

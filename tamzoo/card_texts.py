@@ -5,7 +5,6 @@ from string import Template
 
 from tamzoo.paper import PAPER_TITLE
 
-SOURCE = "tamzoo/tamzoo"  # the code, on GitHub
 PAPER_URL = "https://openreview.net/forum?id=r1xBoxBYDH"
 ATTENTION_TEXTS = {
     "plain": "without attention: the baseline of the paper's tables",

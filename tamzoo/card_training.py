@@ -18,7 +18,7 @@ def training(record: Record) -> str:
             f"SGD, learning rate {recipe.get('lr'):g}, momentum {recipe.get('momentum'):g}"
             f"{' (Nesterov)' if recipe.get('nesterov') else ''}, weight decay {recipe.get('weight_decay'):g}",
         ),
-        ("data", f"{record.data}, {record.n_train:,} images{_after(record.data_note)}"),
+        ("data", ", then ".join(dict.fromkeys(map(_data, record.runs)))),
         ("selection", record.selection),
         ("seed", str(record.seed)),
         ("precision", record.precision),
@@ -31,6 +31,10 @@ def training(record: Record) -> str:
     if record.start:
         rows.insert(1, ("began with", ", then ".join(_earlier(record))))
     return table([("", ""), *rows])
+
+
+def _data(run: Record) -> str:
+    return f"{run.data}, {run.n_train:,} images{_after(run.data_note)}"
 
 
 def _hours(record: Record) -> str:

@@ -12,7 +12,6 @@ from tamzoo.card_texts import (
     DATA_LICENCES,
     FIGURES,
     PAPER_URL,
-    SOURCE,
     TRAINED,
     UNCLAIMED,
     UNTRAINED,
@@ -51,7 +50,7 @@ def render_card(
         "name": entry.name,
         "what": f"{entry.backbone.title} {ATTENTION_TEXTS[entry.attention]}.",
         "dataset": entry.dataset.title,
-        "source": SOURCE,
+        "source": f"{owner}/tamzoo",  # on GitHub
         "paper": PAPER_TITLE,
         "paper_url": PAPER_URL,
         "licence": " ".join(DATA_LICENCES[dataset.tag] for dataset in datasets),

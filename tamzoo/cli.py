@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import sys
+import warnings
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ def list_entries(
     """List the catalogue, the paper's tables and some rows of ours, beside what was trained."""
     from tamzoo.catalogue import ENTRIES
     from tamzoo.datasets import DATASETS
+    from tamzoo.hub import entry_folder
     from tamzoo.registry import MODELS
     from tamzoo.results import record_of
 
@@ -82,7 +84,7 @@ def list_entries(
                 paper and paper.top5_error,
                 ours,
                 record and record.spans[-1][1],
-                "yes" if entry.trained else "no",
+                "here" if entry_folder(entry.name) else "in a clone" if entry.trained else "no",
             )
         )
     table(
@@ -162,6 +164,9 @@ def results() -> None:
 def main() -> None:
     """Runs the command line; a ValueError, RuntimeError or OSError is one sentence and exit code 2."""
     keep_freed_memory()
+    warnings.filterwarnings(
+        "ignore", "Image size .* exceeds limit"
+    )  # Pillow's, of pictures that are answered
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     with one_sentence():

@@ -63,6 +63,8 @@ def predict(
         raise ValueError("--onnx is in place of a model; leave out either it or --model and --weights")
     if out is None and (batch or column or ray):
         raise ValueError("--batch, --column and --ray are for an output file; pass --out FILE.parquet too")
+    if out and as_json:
+        raise ValueError("--json is of answers that are printed; leave out either it or --out")
     load = partial(_onnx, onnx, mean, std, labels) if onnx else partial(_torch, model or DEMO_ENTRY, weights)
     if out is None:
         _print_answers(images, load, top, as_json)
@@ -153,3 +155,5 @@ def _run_job(
             f"{done.predicted} rows in {done.seconds:.1f} s, {done.predicted / done.seconds:.1f} a second, "
             f"on {engine.workers} workers; {100 * done.model_share:.0f} % of their time in the model"
         )
+    if 0 < done.rows == done.errors:
+        raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -42,6 +43,11 @@ class Split:
     def first(self, n: int | None) -> "Split":
         """Its first n images; all where None."""
         return replace(self, pixels=self.pixels[:n], labels=self.labels[:n])
+
+    def checksum(self) -> int:
+        """CRC-32 of the labels and of each image's sum of pixels: another for another copy or order."""
+        rows = torch.stack([self.labels, self.pixels.sum((1, 2, 3))])
+        return zlib.crc32(rows.cpu().numpy().tobytes())
 
     def to(self, device: torch.device) -> "Split":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))

@@ -196,13 +196,14 @@ def deployment(
 
     Args:
         model: In eval mode and float32 on the CPU, as `timm.create_model` made it.
-        pixels: Images for the parity check, of the model's size; by default crops of the shipped pictures.
+        pixels: uint8 (n, 3, h, w) images for the parity check, of the model's size; by default crops of the
+            shipped pictures.
         weights_sha256: Of the file that the model's weights are from, where they are from one.
         keep_gates: Do not fold; there is no fold report then.
         labels: The names of the classes, where they are not those that the model's configuration has.
     Raises:
-        ValueError: not a model of ours, not in float32, or not of its data set's channels; images of another
-            size than the model's configuration says; or as `reparameterize_model`.
+        ValueError: not a model of ours, not in float32, or not of its data set's channels; images that are
+            not uint8, or of another size than the model's configuration says; or as `reparameterize_model`.
     """
     cfg: Any = getattr(model, "pretrained_cfg", {})
     if (tag := cfg.get("tag")) not in DATASETS or not hasattr(model, "num_classes"):
@@ -233,13 +234,19 @@ def deployment(
         input_size=tuple(cfg["input_size"]),
         crop_pct=cfg["crop_pct"],
     )
-    if (channels := model.conv1.in_channels) != dataset.input_size[0]:  # pyright: ignore
+    channels = getattr(model.conv1, "in_channels", model.in_chans)
+    if channels != dataset.input_size[0]:
         raise ValueError(
             f"{name}: exported files take pictures of {dataset.input_size[0]} channels, as its data set has; "
             f"this model takes {channels}"
         )
     if pixels is None:
         pixels = random_crops(PARITY_IMAGES, dataset.input_size[-1])
+    if pixels.dtype != torch.uint8:
+        raise ValueError(
+            f"{name}: the images to check it on are {pixels.dtype}, expected uint8; pass them as bytes, not "
+            "normalised"
+        )
     if (size := tuple(pixels.shape[1:])) != dataset.input_size:
         raise ValueError(
             f"{name}: the images to check it on are {size}, the model's configuration says "

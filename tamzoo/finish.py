@@ -19,6 +19,11 @@ from tamzoo.train import Run
 def finish(run: Run, progress: Progress = silent) -> Record:
     """Stores a trained run's weights in float16, measures that very file, and writes the record."""
     path, model = run.out / WEIGHTS, deepcopy(run.learner.kept).eval()
+    for kept, trained in zip(
+        model.state_dict().values(), run.learner.model.state_dict().values(), strict=True
+    ):
+        if not kept.is_floating_point():
+            kept.copy_(trained)  # BatchNorm's count of batches, which has no average
 
     def images() -> Iterator[Tensor]:
         return (normalise(pixels, run.entry.dataset) for pixels, _ in batches(run.test_split, 250))

@@ -1,5 +1,6 @@
 """Static gates into the layers before them: a TAM model in, a plain backbone out (paper, section 4.1)."""
 
+from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -78,10 +79,18 @@ def reparameterize_model(
         remember_gates(model, gates)
     folded: dict[str, float] = {}
     kept: dict[str, str] = {}
+    users = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, block in blocks_of(model).items():
         if block.se is not None:
             constant = float(getattr(block.se, "measured_gate", [0.0])[0])
-            reason = block.reparameterize(tolerance)
+            shared = any(
+                users[id(parameter)] > 1 for parameter in getattr(block, block.last_affine).parameters()
+            )
+            reason = (
+                f"{block.last_affine} has weights that are another layer's too"
+                if shared
+                else block.reparameterize(tolerance)
+            )
             if reason is None:
                 folded[f"{name}.se"] = constant
             else:

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from tamzoo.checkpoint import locked, whole_file, write_whole
 from tamzoo.recipes import Recipe
+from tamzoo.snapshots import newest
 
 SESSIONS = ("commits", "hardware", "versions")  # of a run: those of each session that differ
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Journal:
         resume: Go on with the run that is there, where there is one.
         hardware: What trains in this session.
         start: SHA-256 of the weights that the run begins with; None for random ones.
+        images: The training split's `checksum`.
     Raises:
         ValueError: the folder holds another run; or this one, and `resume` is not set; or it is a file.
 
@@ -56,6 +58,7 @@ class Journal:
         hardware: str,
         model_args: dict[str, Any],
         start: str | None = None,
+        images: int | None = None,
     ) -> None:
         self.folder = folder
         self._lock = FileLock(folder / ".lock")
@@ -71,11 +74,12 @@ class Journal:
             precision=precision,
             model_args=model_args,
             start=start,
+            images=images,
         )
         path = folder / "run.json"
-        if not path.exists() and (folder / "record.json").exists():
-            raise ValueError(f"{folder} holds a run that has ended; choose another --out")
-        found = _read_run(path) if path.exists() else wanted | {key: [] for key in SESSIONS}
+        if not path.exists() and ((folder / "record.json").exists() or newest(folder)):
+            raise ValueError(f"{folder} holds a run without its run.json; choose another --out")
+        found = wanted | (_read_run(path) if path.exists() else {key: [] for key in SESSIONS})
         check_same_run(folder, found, wanted)
         if path.exists() and not resume:
             raise ValueError(
@@ -110,9 +114,12 @@ class Journal:
         """Adds an epoch to log.csv; later ones, of a session that was lost, go.
 
         Raises:
-            OSError: it cannot be written; the next call writes this row too.
+            OSError: it cannot be written; the next call, or `close`, writes this row too.
         """
         self._late.append(row)
+        self._write_late()
+
+    def _write_late(self) -> None:
         path = self.folder / "log.csv"
         before = read_log(self.folder) if path.exists() else []
         rows = [*(old for old in before if old["epoch"] < self._late[0]["epoch"]), *self._late]
@@ -142,7 +149,13 @@ class Journal:
             self._writer.flush()
 
     def close(self) -> None:
-        """Ends TensorBoard's thread."""
+        """Ends TensorBoard's thread, after the rows that could not be written before.
+
+        Raises:
+            OSError: nor can they be now.
+        """
+        if self._late:
+            self._write_late()
         if self._writer:
             self._writer.close()
         self._writer = None
@@ -156,6 +169,7 @@ def identity(
     precision: str,
     model_args: dict[str, Any],
     start: str | None,
+    images: int | None = None,
 ) -> dict[str, Any]:
     """What makes two runs the same, as JSON holds it."""
     found = {
@@ -165,6 +179,7 @@ def identity(
         "recipe": recipe,
         "model_args": model_args,
         "start": start,
+        "images": images,
     }
     return json.loads(json.dumps(found))  # tuples become lists
 
@@ -190,12 +205,10 @@ def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 def _read_run(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        found = {
-            "model_args": {},
-            "start": None,
-            "hardware": [],
-            "versions": [],
-        } | found  # early runs had none
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}, not an object")
+        early = {"model_args": {}, "start": None, "hardware": [], "versions": []}  # had none of these
+        found = early | found
         kinds = {"entry": str, "seed": int, "precision": str, "recipe": dict, **dict.fromkeys(SESSIONS, list)}
         for key, kind in kinds.items():
             if not isinstance(found[key], kind):

@@ -102,6 +102,12 @@ def runner(session: Any) -> Run:
     return lambda x: torch.from_numpy(session.run(None, {"pixel_values": x.numpy()})[0])
 
 
+def lacks(session: Any) -> set[str]:
+    """The metadata that an export of ours has and this file has not."""
+    wanted = {"entry", "labels", "mean", "std", "input_size", "input"}
+    return wanted - session.get_modelmeta().custom_metadata_map.keys()
+
+
 def metadata_of(session: Any) -> dict[str, Any]:
     """What an export of ours tells about itself: texts as they are, JSON lists and objects decoded.
 
@@ -109,8 +115,7 @@ def metadata_of(session: Any) -> dict[str, Any]:
         ValueError: the file is not one of ours, and what is missing; or its metadata are damaged.
     """
     found = session.get_modelmeta().custom_metadata_map
-    missing = {"entry", "labels", "mean", "std", "input_size", "input"} - found.keys()
-    if missing:
+    if missing := lacks(session):
         raise ValueError(
             f"this ONNX file was not exported by tamzoo: its metadata lack {', '.join(sorted(missing))}; "
             "tamzoo predict takes --mean R G B, --std R G B and --labels FILE in their place"

@@ -138,7 +138,10 @@ def files_of(given: Iterable[str]) -> list[str]:
     Raises:
         ValueError: nothing there, or a folder or glob without pictures.
     """
-    return list(dict.fromkeys(path for one in given for path in _files(one)))
+    found: dict[str, str] = {}
+    for path in (path for one in given for path in _files(one)):
+        found.setdefault(os.path.normpath(path), path)
+    return list(found.values())
 
 
 def is_parquet(path: str) -> bool:

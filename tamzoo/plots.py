@@ -36,7 +36,7 @@ def plot_error(runs: Sequence[Path], out: Path) -> None:
     """Draws test error against epoch, a line a run (as the paper's Figure 6).
 
     Args:
-        runs: Folders of training runs, each named after its line.
+        runs: Folders of training runs; lines are named after them, with their paths where names repeat.
         out: .png, .svg or .pdf.
     Raises:
         ValueError: no matplotlib, a folder without a log, no place for the picture, or another kind of it.
@@ -45,6 +45,8 @@ def plot_error(runs: Sequence[Path], out: Path) -> None:
     check_output_file(out)
     errors = [[row["test_top1_error"] for row in read_log(run)] for run in runs]
     names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = list(map(str, runs))
     plot_curves([Curve(model=name, top1_errors=row) for name, row in zip(names, errors, strict=True)], out)
 
 

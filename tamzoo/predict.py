@@ -17,7 +17,7 @@ from torch import nn
 
 from tamzoo.checkpoint import sha256_of
 from tamzoo.images import open_picture
-from tamzoo.onnx_export import metadata_of, onnx_libraries, open_session
+from tamzoo.onnx_export import lacks, metadata_of, onnx_libraries, open_session
 from tamzoo.progress import Progress, silent
 
 BATCH = 64  # pictures a forward pass
@@ -202,11 +202,12 @@ def open_classifier(
 
     Args:
         threads: As for `open_session`.
-        mean: With `std`, of the channels in [0, 1], for a file that was not exported by tamzoo.
+        mean: With `std`, of the channels in [0, 1], for a file that was not exported by tamzoo and takes
+            floats.
         labels: A file with a class name a line, in place of the names that the ONNX file carries.
     Raises:
-        ValueError: not an ONNX file, not one of ours where no mean and std are given, unfit mean, std or
-            labels, or as `onnx_classifier`.
+        ValueError: not an ONNX file, one from elsewhere that takes floats and no mean and std, another
+            with them, unfit mean, std or labels, or as `onnx_classifier`.
     """
     if (mean is None) != (std is None):
         raise ValueError("--mean and --std belong together; pass both or neither")
@@ -216,12 +217,19 @@ def open_classifier(
             f"got {mean} and {std}; divide those of 0..255 by 255"
         )
     session = open_session(path, threads)
-    if mean is None:
-        metadata = metadata_of(session)
-    else:
-        size, raw = _input_of(session)
+    foreign = bool(lacks(session))
+    size, raw = _input_of(session) if foreign else ((), False)
+    if mean and (raw or not foreign):
+        raise ValueError(
+            f"{path}: --mean and --std are for an ONNX file from elsewhere that takes floats; this one "
+            f"{'takes bytes' if raw else 'tells its own'}; leave them out"
+        )
+    if raw or mean:
         kind = "uint8 NHWC" if raw else "float32 NCHW"
-        metadata = {"labels": None, "mean": mean, "std": std, "input_size": size, "input": kind}
+        metadata = {"labels": None, "input_size": size, "input": kind}
+        metadata |= {"mean": mean or (0.0,) * 3, "std": std or (1.0,) * 3}  # bytes need neither
+    else:
+        metadata = metadata_of(session)
     if labels is not None:
         metadata["labels"] = read_labels(labels)
     classifier = onnx_classifier(session, metadata, str(path))

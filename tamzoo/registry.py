@@ -38,7 +38,7 @@ def find_model(name: str) -> str:
         return name
     if tag and architecture in default_cfgs:
         raise ValueError(f"{architecture} has no tag {tag!r}; expected one of {', '.join(DATASETS)}")
-    nearest = difflib.get_close_matches(name, known, n=3)
+    nearest = difflib.get_close_matches(name.lower(), known, n=3)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
     raise ValueError(f"no model {name!r}{hint}. All names: tamzoo list --all")
 

@@ -75,10 +75,19 @@ def result_row(entry: Entry) -> dict[str, object]:
             "static_gates": sum(gate.width <= GATE_TOLERANCE for gate in record.gates),
             "proven_gates": sum(gate.proven_width <= GATE_TOLERANCE for gate in record.gates),
             "gates": len(record.gates),
-            "data_note": "; ".join(note for note in (record.data_note, record.score.data_note) if note),
+            "data_note": "; ".join(dict.fromkeys(note for note in _notes(record) if note)),
             "weights_sha256": record.sha256 if entry.trained else None,
         }
     return row
+
+
+def _notes(record: Record) -> list[str]:
+    """What is special about the data of each of its runs, and of its score."""
+    notes = [
+        f"{run.data}: {run.data_note}" if run.data_note and run.entry != record.entry else run.data_note
+        for run in record.runs
+    ]
+    return [*notes, record.score.data_note]
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> str:
@@ -109,7 +118,7 @@ def results_markdown() -> str:
             cells = (
                 f"`{entry.name}`",
                 f"{row['paper_top1_error']:.2f} %" if entry.paper else "not in the paper",
-                f"{row['top1_error']} %",
+                f"{row['top1_error']} %{'' if entry.trained else ' (weights not kept)'}",
                 f"{row['epochs']} epochs{after}, {row['training_minutes']} min, {row['hardware']}",
                 f"{row['static_gates']} of {row['gates']}" if row["gates"] else "no gates",
                 f"{row['proven_gates']} of {row['gates']}" if row["gates"] else "",

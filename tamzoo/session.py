@@ -124,11 +124,12 @@ def train_entries(
     directory, splits, ready_s, left = data_directory(data), {}, 0.0, False
     for name, out in folders.items():
         if name not in ENTRIES:
-            nearest = ", ".join(difflib.get_close_matches(name, ENTRIES, n=3))
+            nearest = ", ".join(difflib.get_close_matches(name.lower(), ENTRIES, n=3))
             raise ValueError(f"no entry {name!r}; nearest: {nearest or 'none'}. All names: tamzoo list --all")
         if world.first_says(time.monotonic() + ready_s >= ends):  # no step would be done in time
             voice.say(f"the time is up; the same command goes on with {name}")
-            return False
+            left = True
+            break
         dataset = ENTRIES[name].dataset
         try:
             if world.first_says(order.resume and (out / "record.json").exists()):
@@ -142,10 +143,11 @@ def train_entries(
                         for split in ("train", "test")
                     ]
                 }
-            run = _train_entry(name, out, splits[dataset.tag], order, ends, world, voice)
-            if run.step < run.steps:
-                return False
-            ready_s = max(ready_s, run.ready_s)
+            ended, took = _train_entry(name, out, splits[dataset.tag], order, ends, world, voice)
+            if not ended:
+                left = True
+                break
+            ready_s = max(ready_s, took)
         except Exception as error:  # a compiler's are of any kind
             if not isinstance(error, ValueError | OSError):  # those are written for people
                 logger.warning("%s failed", name, exc_info=error)
@@ -177,7 +179,6 @@ def _computes(device: torch.device) -> bool:
 def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
     """Sees that a run that has ended is the one ordered; `Run` itself looks at those that have not."""
     record = read_record(folder / "record.json")
-    found = asdict(record) | {"start": record.start.sha256 if record.start else None}
     wanted = identity(
         entry=name,
         recipe=asdict(order.recipe_on(ENTRIES[name].dataset.tag)),
@@ -186,14 +187,19 @@ def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
         model_args=order.model_args,
         start=read_finished(order.start).sha256 if order.start else None,
     )
-    check_same_run(folder, found, wanted)
+    start = record.start.sha256 if record.start else None
+    check_same_run(folder, wanted | asdict(record) | {"start": start}, wanted)
     voice.say(f"{name}: done, top-1 error {record.score.top1_error:.2f} %")
 
 
 def _train_entry(
     name: str, out: Path, splits: list[Split], order: Order, ends: float, world: World, voice: Voice
-) -> Run:
-    """Trains, until the end or `ends`; of what has ended, weights and record are stored."""
+) -> tuple[bool, float]:
+    """Trains, until the end or `ends`; of what has ended, weights and record are stored.
+
+    Returns:
+        Whether it has ended, and the run's `ready_s`; not the run itself: its memory is the next one's.
+    """
     recipe = order.recipe_on(ENTRIES[name].dataset.tag)
     precision = order.precision or ("bfloat16" if world.device.type == "cuda" else "float32")
     run = Run(
@@ -232,4 +238,4 @@ def _train_entry(
         elif world.first:
             score = finish(run, voice.bar).score
             voice.say(f"{name}: top-1 error {score.top1_error:.2f} % on {score.n} images; weights in {out}")
-    return run
+    return run.step == run.steps, run.ready_s

@@ -73,6 +73,12 @@ def fetch_from_hub(dataset: Dataset, split: str) -> Path:
     except HUB_ERRORS as error:
         reason = explain(error, dataset.hub_id, dataset.hub_revision)
         raise ValueError(f"{dataset.title}: {reason}; or pass --data DIR") from error
+    # without a connection it answers with whatever is cached
+    if not any(Path(folder, dataset.hub_folder).glob(f"{split}-*.parquet")):
+        raise ValueError(
+            f"{dataset.title}: the Hub cannot be reached, and its {split} split is not in the cache; "
+            "check the connection, or pass --data DIR"
+        )
     return Path(folder)
 
 

@@ -63,8 +63,9 @@ class Run:
     Attributes:
         ready_s: Seconds from its making to the end of the session's first step, which may compile.
     Raises:
-        ValueError: the folder holds another run, or this one and `resume` is not set; its snapshots are
-            damaged; the data cannot be split over the ranks; or `start` is of another model.
+        ValueError: the folder holds another run, or one on other images, or this one and `resume` is not
+            set; its snapshots are damaged; the data cannot be split over the ranks; or `start` is of
+            another model.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Run:
                 hardware=hardware(self.device, self.world.size),
                 model_args=self.model_args,
                 start=self.start.sha256 if self.start else None,
+                images=train.checksum(),
             )
         self._losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of this epoch, by step
         # read without waiting for the device: it shows a loss of some steps before
@@ -308,5 +310,5 @@ class Run:
         try:
             self.journal.log(row)
         except OSError as error:  # the run may outlive a full disk
-            logger.warning("%s; the epoch's line will be written with the next one's", error)
+            logger.warning("%s; the epoch's line will be written later", error)
         return row

@@ -37,7 +37,10 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
 
 def flat(tree: nn.Sequential) -> Tensor:
     """The tree's parameters in one row, level by level, as `gate_product` takes them."""
-    return torch.cat([parameter.flatten() for parameter in tree.parameters()])
+    names = ("weight", "bias")  # `parameters()` has them in another order once one has been made anew
+    return torch.cat(
+        [getattr(layer, name).flatten() for layer in tree for name in names if hasattr(layer, name)]
+    )
 
 
 def climb(x: Tensor, tree: nn.Sequential) -> Tensor:
@@ -67,34 +70,51 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
         return nullcontext()  # a compiled graph chooses for itself what it keeps, and breaks at x.grad_fn
     if torch._C._autograd._top_saved_tensors_default_hooks(True):  # pyright: ignore
         return nullcontext()  # another's, and checkpointing's give a tensor only once
-    node: Any = x.grad_fn  # None of a leaf; anything done to x in place makes another node of it
-    if node is None or node.name() != "NativeBatchNormBackward0" or not node._saved_training:
-        return nullcontext()
+    node: Any = x.grad_fn  # None of a leaf
+    if node is None or node.name() != "NativeBatchNormBackward0" or not node._saved_training or x._version:
+        return nullcontext()  # of a version above 0, something has been done to it in place
     bias = node.next_functions[2][0]
     if not hasattr(bias, "variable"):  # one that learns nothing is not to be found
         return nullcontext()
+    bias = bias.variable
+    version = bias._version
 
     def unpack(kept: Tensor | None) -> Tensor:
         if kept is not None:
             return kept
+        if bias._version != version:  # torch itself looks at the versions of what it saves
+            raise RuntimeError(
+                "a BatchNorm's bias was changed in place between the forward and the backward pass of the TAM"
+                " behind it; change it afterwards"
+            )
         x, weight = node._saved_input, node._saved_weight
-        return torch.native_batch_norm(x, weight, bias.variable, None, None, True, 0.0, node._saved_eps)[0]
+        return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, node._saved_eps)[0]
 
-    address = x.data_ptr()  # the hooks live as long as the graph, and must not hold x
-    return saved_tensors_hooks(lambda kept: None if kept.data_ptr() == address else kept, unpack)
+    # x alone has four dimensions; the hooks live as long as the graph, and must not hold it
+    return saved_tensors_hooks(lambda kept: None if kept.dim() == 4 else kept, unpack)
+
+
+def is_plain(module: nn.Module | None, *types: type[nn.Module]) -> bool:
+    """Whether a module is of one of these types and does what the type says: no subclass, no method in place
+    of its type's, nor hooks, by which pruning makes its weights."""
+    return (
+        type(module) in types
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and "forward" not in module.__dict__
+    )
 
 
 def ordinary(tree: nn.Sequential) -> bool:
-    """Whether the layers are as TAM makes them: no hook or parametrization, as pruning adds, and no other."""
+    """Whether a tree and its layers are as TAM makes them, with nothing added or replaced."""
+    if any(module._backward_pre_hooks or module._backward_hooks for module in (tree, *tree)):
+        return False
     width = 0
     for layer in tree:
-        if layer._forward_pre_hooks or layer._forward_hooks:
-            return False
-        if type(layer) is nn.Conv2d and layer.bias is not None:
+        if is_plain(layer, nn.Conv2d) and layer.bias is not None:
             width = layer.out_channels
-        elif type(layer) is not nn.PReLU or layer.num_parameters != width:
+        elif not is_plain(layer, nn.PReLU) or layer.num_parameters != width:
             return False
-    return True
+    return is_plain(tree, nn.Sequential)
 
 
 def _fits(x: Tensor, tree: nn.Sequential) -> bool:

@@ -28,14 +28,16 @@ logger = logging.getLogger(__name__)
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels, or None where they cannot be built; then the log says why."""
-    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
+    given = os.environ.get("CXX", "")
     try:
+        command = shlex.split(given) or [shutil.which("c++") or shutil.which("g++") or "c++"]
         return ctypes.CDLL(str(_build(command, cache_folder() / "kernels")))
-    except (OSError, subprocess.SubprocessError) as error:
+    # a RuntimeError of a user without a home, a ValueError of a quote in CXX that does not end
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
             "training TAM layer by layer, which is slower: its kernels cannot be built with %s (%s)",
-            shlex.join(command),
+            given or "the system's C++ compiler",
             told[0] if told else error,
         )
         return None

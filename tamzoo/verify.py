@@ -30,8 +30,9 @@ def _golden(entry: Entry, folder: Path) -> list[float]:
 
 def stored_golden(folder: Path) -> list[float] | None:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("golden_logits")
-    except (OSError, ValueError):
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["golden_logits"]
+        return [float(logit) for logit in found]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -41,16 +41,22 @@ def coloured(n: int) -> bytes:
 
 
 def colour_onnx(path: Path, kind: int = TensorProto.FLOAT, batch: int | str = "n", **metadata: str) -> Path:
-    """The means of the channels as an ONNX file, with any metadata."""
-    shape = [batch, 3, 8, 8]
+    """The means of the channels as an ONNX file, with any metadata; it may take bytes."""
+    raw = kind == TensorProto.UINT8
+    shape = [batch, 8, 8, 3] if raw else [batch, 3, 8, 8]
+    as_floats = [
+        helper.make_node("Cast", ["bytes"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["floats"], ["image"], perm=[0, 3, 1, 2]),
+    ]
     graph = helper.make_graph(
         [
+            *(as_floats if raw else ()),
             helper.make_node("GlobalAveragePool", ["image"], ["pooled"]),
             helper.make_node("Flatten", ["pooled"], ["scores"]),
         ],
         "colours",
-        [helper.make_tensor_value_info("image", kind, shape)],
-        [helper.make_tensor_value_info("scores", kind, [batch, 3])],
+        [helper.make_tensor_value_info("bytes" if raw else "image", kind, shape)],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT if raw else kind, [batch, 3])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, metadata)

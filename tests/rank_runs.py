@@ -15,7 +15,9 @@ import tamzoo.finish
 import tamzoo.train
 from tamzoo.distributed import World, join
 from tamzoo.evaluate import evaluate
+from tamzoo.progress import Moment
 from tamzoo.records import Score
+from tamzoo.train import STEPS_PER_LOOK
 from tests.tiny_runs import RECIPE, in_a_fork, tiny_run
 
 RANKED = replace(RECIPE, batch_size=7)  # 20 images in batches of 7, 7 and 6: unequal shares
@@ -33,7 +35,11 @@ def train(out: Path, world: World | None = None) -> None:
     torch.set_default_dtype(torch.float64)
     tamzoo.train.evaluate = tamzoo.finish.evaluate = evaluate_in_float32
     run = tiny_run(out, recipe=RANKED, world=world, snapshot_seconds=1e9)
-    assert not run.train(time_budget=0.0) and run.step == 0
+
+    def stop(moment: Moment) -> None:
+        run._clock.budget = 0.0
+
+    assert not run.train(watch=stop) and run.step == (STEPS_PER_LOOK if world else 1)
     run = tiny_run(out, recipe=RANKED, world=world, snapshot_seconds=1e9, resume=True)
     assert run.train()
     if world is None or world.first:

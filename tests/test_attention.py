@@ -111,6 +111,20 @@ def test_weights_that_know_nothing_of_gates_load_strictly():
     assert module.measured_gate.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_weights_of_other_layers_leave_the_gate_as_measured():
+    model = nn.Sequential(TAM(8), nn.Linear(2, 2))
+    model[0].measured_gate.copy_(torch.tensor([0.4, 0.39, 0.41]))
+    model.load_state_dict({"1.bias": torch.zeros(2)}, strict=False)
+    assert model[0].measured_gate[0] > 0
+
+
+def test_a_model_without_memory_takes_weights_that_know_nothing_of_gates():
+    state = {name: value for name, value in TAM(8).state_dict().items() if name != "measured_gate"}
+    module = TAM(8, device="meta")
+    module.load_state_dict(state, assign=True)
+    assert module.measured_gate.tolist() == [0.0, 0.0, 0.0]
+
+
 def test_autocast_gates_stay_close():
     module = TAM(64).eval()
     x = torch.randn(2, 64, 4, 4)

@@ -60,7 +60,8 @@ def rows_of(out: Path) -> list[dict]:
 def test_every_picture_under_a_folder_is_a_row(pictures, tmp_path):
     (pictures / "notes.txt").write_text("no picture")
     (pictures / ".hidden.png").write_bytes(coloured(0))
-    done = run([pictures, pictures / "1"], tmp_path / "x.parquet")  # a picture named twice is one row
+    again = f"{pictures}/./1"
+    done = run([pictures, pictures / "1", again], tmp_path / "x.parquet")  # a picture named twice is one row
     assert (done.rows, done.errors, done.predicted) == (120, 2, 120)
     rows = rows_of(tmp_path / "x.parquet")
     expect_colours(rows, 120)
@@ -375,6 +376,10 @@ def test_the_command_tells_rows_errors_and_speed(tamzoo, pictures, tmp_path):
     assert rows[0]["label"] == "0" and len(rows[0]["top"]) == 2
     code, out, _ = tamzoo("predict", *arguments)
     assert code == 0 and "a second" not in out
+    (tmp_path / "wrong.png").write_text("no picture")
+    arguments = (tmp_path / "wrong.png", "--onnx", onnx, *FOREIGN, "-o", tmp_path / "wrong.parquet")
+    code, out, _ = tamzoo("predict", *arguments)
+    assert code == 1 and "1 rows, 1 of them errors" in out  # nothing was answered
 
 
 def test_a_torch_model_predicts_in_batches_what_it_predicts_one_by_one(tamzoo, tmp_path):

@@ -75,6 +75,7 @@ def test_graphs_that_differ_after_folding_all_gates_are_an_error():
     some_kept = FoldReport(folded={"a.se": 0.5}, kept={"b.se": "moves"}, tolerance=1e-4)
     told = describe("wrn10_4_tam.cifar10", some_kept, plain, folded)
     assert told == "trained weights, 1 of 2 gates folded. Operators of the folded graph: 1 Conv, 1 Sigmoid"
+    assert describe("resnet34_tam.cifar10", some_kept, plain, folded).startswith("random weights, gates")
 
 
 def test_a_busy_machine_is_refused_unless_forced(monkeypatch, command):

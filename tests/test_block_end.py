@@ -134,6 +134,19 @@ def test_gradients_in_bfloat16_are_near_those_of_blocks_that_are_not_joined():
 
 
 @needs_compiler
+def test_a_joined_block_leaves_a_frozen_batchnorm_frozen():
+    blocks, x = stage(BasicBlock), noise(4, 4, 5, 7)
+    for module in blocks.modules():
+        module.train(not isinstance(module, nn.BatchNorm2d))
+    joined = deepcopy(blocks)
+    assert join_ends(joined) == 2
+    torch.testing.assert_close(joined(x), blocks(x))
+    assert all(
+        module.num_batches_tracked == 0 for module in joined.modules() if isinstance(module, nn.BatchNorm2d)
+    )
+
+
+@needs_compiler
 def test_a_joined_block_that_was_folded_trains_without_its_gate():
     joined = stage(BasicBlock)
     assert join_ends(joined) == 2
@@ -141,6 +154,13 @@ def test_a_joined_block_that_was_folded_trains_without_its_gate():
     for block in joined:
         block.se = None
     joined.train()(noise(2, 4, 5, 7)).sum().backward()
+
+
+def test_blocks_with_hooks_are_left_alone():
+    for name in ("bn2", "se", "act2"):
+        blocks = stage(BasicBlock)
+        blocks[0].get_submodule(name).register_forward_hook(lambda *given: None)
+        assert join_ends(blocks) == 1
 
 
 def test_models_of_other_makes_are_left_alone():

@@ -240,6 +240,12 @@ def test_nor_within_a_tree(made):
     assert gate_bounds(gate, torch.zeros(1), torch.zeros(1)) == (0, 1)
 
 
+def test_nor_of_a_tree_with_a_hook():
+    gate = reading()
+    gate.tree.register_forward_hook(lambda tree, given, z: z + 5)
+    assert gate_bounds(gate, torch.zeros(1), torch.zeros(1)) == (0, 1)
+
+
 def hooked(model: nn.Module) -> None:
     model.register_forward_pre_hook(lambda _, given: (given[0] + 3,))
 
@@ -288,7 +294,32 @@ class Constant(nn.Module):
         return x + 1
 
 
-@pytest.mark.parametrize("layer", [Method(), Constant()])
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x[index] for index in range(len(x))])
+
+
+class Making(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.ones(x.shape[1], 1, 1)
+
+
+class Compiled(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.compile(backend="eager")
+
+
+@pytest.mark.parametrize("layer", [Method(), Constant(), Named(), Asking(), Making(), Compiled()])
 def test_behind_operations_without_a_rule_nothing_is_known(layer):
     zeros = torch.zeros(1, 1, 4, 4)
     assert bound_gates(nn.Sequential(layer, reading()).eval(), zeros, zeros) == {"1": (0, 1)}

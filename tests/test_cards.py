@@ -154,6 +154,9 @@ def test_the_owner_is_the_one_that_publishes():
     assert f'"hf-hub:someone/{entry.name}"' in text
     told = 'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "someone"  # before tamzoo is imported\n\nimport t'
     assert text.count(told) == 2
+    assert (
+        "github.com/someone/tamzoo" in text and "tamzoo/tamzoo" not in text
+    )  # whose code is fetched and run
     assert "TAMZOO_HUB_OWNER" not in render_card(entry, a_record(entry))
 
 
@@ -200,6 +203,8 @@ def test_the_picture_of_the_gates_follows_the_weights(tmp_path):
         ("README.md", lambda text: text + b" ", "README.md is not what"),
         ("config.json", lambda text: text.replace(b"0.4914", b"0.4915"), "config.json is not what"),
         ("config.json", lambda text: re.sub(rb'_logits": \[\n +', b"\\g<0>9", text), "golden logits are off"),
+        ("config.json", lambda text: b"[]", "config.json is not what"),
+        ("config.json", lambda text: b'{"golden_logits": 3}', "config.json is not what"),
         ("record.json", lambda text: b"{}", "expected a training record"),
         (".eval_results/cifar10.yaml", None, "cifar10.yaml is not what"),
         ("log.csv", None, "log.csv is missing"),

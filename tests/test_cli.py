@@ -41,7 +41,7 @@ def test_list_shows_every_row_and_patterns_narrow_it(tamzoo):
     assert code == 0 and "resnet50_tam.svhn" in out and "cifar" not in out
     record = record_of(ENTRIES["resnet18_tam.cifar10"])
     code, out, _ = tamzoo("list", "resnet18_tam.cifar10")  # all epochs, where one run began with another
-    assert record and f"{record.spans[-1][1]} │     yes" in out
+    assert record and f"{record.spans[-1][1]} │    here" in out
     code, out, _ = tamzoo("list", "--all", "wrn28_10*")
     assert code == 0 and len(out.split()) == 5 * 4
     code, out, err = tamzoo("list", "vgg*")
@@ -267,6 +267,7 @@ def test_an_output_that_cannot_be_written_is_refused(tamzoo, tmp_path, weights):
         (("--batch", 64), "pass --out FILE.parquet too"),
         (("--column", "image"), "pass --out FILE.parquet too"),
         (("--labels", "x.txt"), "pass --onnx FILE too"),
+        (("--json", "--out", "x.parquet"), "leave out either it or --out"),
         (("*.jpg",), "*.jpg: matches nothing"),
     ],
 )

@@ -206,7 +206,8 @@ def test_the_hub_is_asked_for_the_pinned_revision(tmp_path, monkeypatch):
 
     def download(repo, **options):
         asked.append((repo, options))
-        return str(small.parquet(tmp_path / "snapshot" / "plain_text"))
+        small.parquet(tmp_path / "snapshot" / "plain_text")
+        return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert len(load_split(data_directory(HUB), small.dataset, "train")) == 30
@@ -348,6 +349,15 @@ def test_a_hub_without_the_data_is_told_in_a_sentence(monkeypatch, error, told):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ValueError, match=f"^CIFAR-10: .*{told}.*; or pass --data DIR$"):
         load_split(HUB, DATASETS["cifar10"], "test")
+
+
+def test_a_cache_of_the_other_split_alone_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """Without a connection the Hub's library answers with what it has."""
+    (tmp_path / "plain_text").mkdir()
+    (tmp_path / "plain_text" / "test-00000-of-00001.parquet").touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(tmp_path))
+    with pytest.raises(ValueError, match=r"^CIFAR-10: the Hub cannot be reached, and its train split is not"):
+        load_split(HUB, DATASETS["cifar10"], "train")
 
 
 def test_a_shard_of_something_else_is_refused(tmp_path):

@@ -126,6 +126,8 @@ def test_what_cannot_be_exported_or_opened_is_refused(tmp_path):
     model = timm.create_model("resnet20_plain.cifar10").eval()
     with pytest.raises(ValueError, match="at least 256 images, got 10"):
         export(model, tmp_path / "x.onnx", model, pixels=PIXELS[:10])
+    with pytest.raises(ValueError, match="check it on are torch.float32, expected uint8; pass them as bytes"):
+        tamzoo.export_entry(model, tmp_path / "x.onnx", pixels=PIXELS.float())
     with pytest.raises(ValueError, match="call model.eval"):
         export(model.train(), tmp_path / "x.onnx", model)
     with pytest.raises(ValueError, match="cannot write .* there is no folder"):

@@ -11,7 +11,7 @@ from tamzoo.records import Timing
 
 
 def logged(folder: Path, errors: list[float]) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows = [f"{epoch},0.1,1.0,{error},100.0,{epoch}.0" for epoch, error in enumerate(errors, start=1)]
     (folder / "log.csv").write_text("\n".join([",".join(LOG_FIELDS), *rows]) + "\n")
     return folder
@@ -27,6 +27,15 @@ def test_error_is_drawn_against_epoch(tmp_path, kind):
     if kind == "svg":
         text = out.read_text()
         assert all(colour.lower() in text.lower() for colour in COLOURS[:3])
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr("tamzoo.plots.plot_curves", lambda curves, out: drawn.extend(curves))
+    runs = [logged(tmp_path / parent / "run", [50.0]) for parent in "ab"]
+    plot_error(runs, tmp_path / "x.png")
+    assert [curve.model for curve in drawn] == list(map(str, runs))
 
 
 def test_latencies_are_drawn_as_ratios(tmp_path):

@@ -65,6 +65,17 @@ def test_a_file_that_is_not_ours_says_what_is_missing_and_how_to_pass_it(tmp_pat
         open_classifier(path, mean=MEAN)
 
 
+def test_mean_and_std_are_of_graphs_that_need_them(tmp_path):
+    Image.new("RGB", (8, 8), (10, 200, 30)).save(tmp_path / "x.png")
+    path = colour_onnx(tmp_path / "bytes.onnx", TensorProto.UINT8)
+    assert predict(open_classifier(path), [tmp_path / "x.png"])[0][0][0] == "1"
+    with pytest.raises(ValueError, match="this one takes bytes; leave them out"):
+        open_classifier(path, mean=MEAN, std=STD)
+    ours = colour_onnx(tmp_path / "ours.onnx", **OURS, input_size="[3, 8, 8]")
+    with pytest.raises(ValueError, match="this one tells its own; leave them out"):
+        open_classifier(ours, mean=MEAN, std=STD)
+
+
 def test_graphs_that_do_not_fit_are_refused(tmp_path):
     other = colour_onnx(tmp_path / "size.onnx", **OURS, input_size="[3, 32, 32]")
     with pytest.raises(ValueError, match=r"graph takes \(3, 8, 8\) as float, its metadata say \(3, 32, 32\)"):
@@ -182,7 +193,7 @@ def test_a_file_crops_as_its_model_does(tmp_path):
     told = {"entry": "x"} | told_of(model, replace(DATASETS["untrained_in1k"], input_size=(3, 8, 8)))
     path = colour_onnx(tmp_path / "x.onnx", **as_texts(told | {"labels": LABELS}))
     assert open_classifier(path).crop_pct == torch_classifier(model).crop_pct == 0.875
-    assert open_classifier(path, mean=MEAN, std=STD).crop_pct == 1
+    assert open_classifier(colour_onnx(tmp_path / "y.onnx"), mean=MEAN, std=STD).crop_pct == 1
 
 
 def test_a_file_tells_of_its_models_own_pixels():

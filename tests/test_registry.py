@@ -226,6 +226,7 @@ def test_untrained_entries_say_so():
     ("name", "message"),
     [
         ("resnet50_tamm", r"no model 'resnet50_tamm'; nearest: resnet50_tam"),
+        ("ResNet18_TAM", r"no model 'ResNet18_TAM'; nearest: resnet18_tam"),
         ("resnet50_tam.cifar11", r"no tag 'cifar11'; expected one of cifar100, cifar10"),
         ("zzz", r"no model 'zzz'. All names: tamzoo list --all"),
     ],

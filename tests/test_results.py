@@ -45,6 +45,15 @@ def test_a_row_counts_all_runs_that_made_the_weights(monkeypatch):
     assert (row["training_minutes"], row["hardware"]) == (12, "a CPU + a GPU")
     assert Record.from_json(chain.to_json()) == chain
     assert not row["pretraining"] and " after " not in results_markdown()
+    noted = dataclasses.replace(first, entry="a.svhn", data="SVHN train", data_note="some from JPEG")
+    chain = dataclasses.replace(first, data_note="", start=noted)
+    assert result_row(TRAINED[0])["data_note"].startswith("SVHN train: some from JPEG")
+
+
+def test_a_row_whose_weights_were_not_kept_says_so():
+    lines = {line.split("`")[1]: line for line in results_markdown().splitlines() if "`" in line}
+    kept = {name: "(weights not kept)" not in line for name, line in lines.items()}
+    assert kept == {name: ENTRIES[name].trained is not None for name in lines} and not all(kept.values())
 
 
 def test_epochs_on_another_data_set_are_told_apart(monkeypatch):

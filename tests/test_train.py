@@ -27,6 +27,7 @@ from tamzoo import journal, snapshots
 from tamzoo.augment import augment, draw
 from tamzoo.catalogue import ENTRIES, QUEUE
 from tamzoo.checkpoint import load_weights, sha256_of, whole_file
+from tamzoo.clock import Clock
 from tamzoo.datasets import DATASETS
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
@@ -108,6 +109,18 @@ def test_a_spent_budget_still_leaves_a_snapshot(tmp_path):
     assert [path.name for path in tmp_path.glob("snapshot-*")] == ["snapshot-00000000.safetensors"]
 
 
+def test_a_budget_holds_the_last_snapshot_too(monkeypatch):
+    now = SimpleNamespace(monotonic=lambda: now.s, s=0.0)
+    monkeypatch.setattr("tamzoo.clock.time", now)
+    clock = Clock(100.0, snapshot_seconds=30.0)
+    for now.s, due, spent in ((29.0, False, False), (30.0, True, False), (95.0, True, False)):
+        assert (clock.snapshot_due(), clock.spent()) == (due, spent)
+    clock.snapshot_ended(87.0)  # took eight seconds, as the last one would
+    assert not clock.snapshot_due() and clock.spent()
+    now.s = 92.0
+    assert not clock.spent()
+
+
 def test_the_seed_decides_everything(tmp_path, alone):
     tiny_run(tmp_path / "same").train()
     tiny_run(tmp_path / "other", seed=1).train()
@@ -182,6 +195,7 @@ def test_what_is_evaluated_is_the_stored_file(alone):
     assert (record.selection, record.epochs, record.n_train) == ("last epoch", 3, 20)
     # the weights are the average's
     assert torch.equal(stored["fc.weight"], state_of(alone)["ema.fc.weight"].half())
+    assert stored["bn1.num_batches_tracked"] == 9  # which an average does not move
 
 
 def test_a_run_begins_with_the_weights_of_another(tmp_path, alone):
@@ -271,6 +285,26 @@ def test_a_run_from_before_the_recipe_had_a_field_goes_on(tmp_path):
     assert tiny_run(tmp_path, recipe=recipe, resume=True).train()
 
 
+def test_a_run_goes_on_with_the_images_that_it_began_with(tmp_path):
+    train, test = random_split(20, 0), random_split(12, 1)
+    options = {"out": tmp_path, "precision": "float32"}
+    Run(ENTRY, RECIPE, train, test, **options).train(time_budget=0)
+    other = train.pixels.clone()
+    other[3, 2, 1, 0] ^= 1
+    for changed in (
+        replace(train, pixels=train.pixels.flip(0), labels=train.labels.flip(0)),
+        replace(train, pixels=other),
+    ):
+        with pytest.raises(ValueError, match=r"holds another run \(images: \d+, not \d+\); choose another"):
+            Run(ENTRY, RECIPE, changed, test, **options, resume=True)
+    path = tmp_path / "run.json"
+    told = json.loads(path.read_text())
+    del told["images"]  # as in early runs
+    path.write_text(json.dumps(told))
+    assert Run(ENTRY, RECIPE, train, test, **options, resume=True).train()
+    assert "images" in json.loads(path.read_text())
+
+
 def test_a_run_that_is_there_is_not_overwritten(tmp_path):
     tiny_run(tmp_path).train(time_budget=0)
     with pytest.raises(ValueError, match=r"holds a run of resnet20_tam.cifar10; pass --resume to go on, or"):
@@ -288,6 +322,9 @@ def test_a_run_that_is_there_is_not_overwritten(tmp_path):
         (tmp_path / "run.json").write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match="not the description of a run"):
             tiny_run(tmp_path, resume=True)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a run without its run.json; choose another --out"):
+        tiny_run(tmp_path)
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
         tiny_run(tmp_path / "new", precision="half")
     for seed in (-1, 10**14):
@@ -303,7 +340,7 @@ def test_a_run_that_ended_is_not_overwritten(alone, tmp_path):
     for name in ("record.json", "log.csv", "model.safetensors"):  # as a row of the zoo has them
         shutil.copyfile(alone / name, tmp_path / name)
     for resume in (False, True):
-        with pytest.raises(ValueError, match="holds a run that has ended; choose another --out"):
+        with pytest.raises(ValueError, match="holds a run without its run.json; choose another --out"):
             tiny_run(tmp_path, resume=resume)
     assert (tmp_path / "log.csv").read_bytes() == (alone / "log.csv").read_bytes()
 
@@ -406,17 +443,18 @@ def test_a_full_disk_keeps_the_snapshots_before(stopped, alone, caplog):
     assert_same(state_of(stopped), state_of(alone))
 
 
-def test_an_epoch_that_cannot_be_written_is_written_with_the_next(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("full", [0, 2])
+def test_an_epoch_that_cannot_be_written_is_written_later(tmp_path, monkeypatch, caplog, full):
     whole_file, calls = journal.whole_file, iter(range(9))
 
-    def full_at_first(path):
-        if not next(calls):
+    def full_once(path):
+        if next(calls) == full:
             raise OSError("no space left")
         return whole_file(path)
 
-    monkeypatch.setattr(journal, "whole_file", full_at_first)
+    monkeypatch.setattr(journal, "whole_file", full_once)
     assert tiny_run(tmp_path).train()
-    assert "no space left; the epoch's line will be written with the next one's" in caplog.text
+    assert "no space left; the epoch's line will be written later" in caplog.text
     assert [row["epoch"] for row in journal.read_log(tmp_path)] == [1, 2, 3]
 
 
@@ -778,6 +816,32 @@ def test_a_failing_entry_does_not_stop_the_queue(small_data):
         train_entries(folders, order, small_data, math.inf, CPU, Voice(say=said.append))
     assert "not the description of a run" in said[0] and "weights in" in said[-1]
     assert (folders[names[1]] / "record.json").is_file()
+
+
+def test_a_queue_that_runs_out_of_time_still_tells_what_failed(small_data, monkeypatch):
+    names = ["resnet20_tam.cifar10", "wrn10_4_tam.cifar10"]
+    folders, said = {name: small_data / name for name in names}, []
+    folders[names[0]].mkdir()
+    (folders[names[0]] / "run.json").write_text("[]")
+    monkeypatch.setattr(Run, "train", lambda *args: False)
+    with pytest.raises(ValueError, match=f"1 of 2 entries failed, for the reasons above: {names[0]}"):
+        train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, Voice(say=said.append))
+    assert "stopped after step 0 of 1" in said[-1]
+
+
+def test_a_queue_holds_no_run_that_has_ended(small_data, monkeypatch):
+    train, learners = Run.train, []
+
+    def look(run, *args):
+        gc.collect()
+        assert not any(learner() for learner in learners)
+        learners.append(weakref.ref(run.learner))
+        return train(run, *args)
+
+    monkeypatch.setattr(Run, "train", look)
+    folders = {name: small_data / name for name in ("resnet20_tam.cifar10", "resnet20_plain.cifar10")}
+    assert train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, SILENT)
+    assert len(learners) == 2
 
 
 def test_a_compilers_error_stops_one_entry_and_not_the_queue(small_data, monkeypatch, caplog):

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from tamzoo import tree, tree_cpu
@@ -113,11 +115,50 @@ def without_bias(tree: nn.Sequential) -> None:
     tree[0].bias = None
 
 
-@pytest.mark.parametrize("change", [pruned, weight_normed, rectified, of_one_slope, without_bias])
-def test_a_changed_tree_is_climbed_layer_by_layer(change):
+def pruned_for_good(tree: nn.Sequential) -> None:
+    pruned(tree)
+    prune.remove(tree[0], "weight")
+
+
+def weight_normed_once(tree: nn.Sequential) -> None:
+    weight_normed(tree)
+    parametrize.remove_parametrizations(tree[0], "weight")
+
+
+def hooked(tree: nn.Sequential) -> None:
+    tree.register_forward_hook(lambda tree, given, z: z + 5)
+
+
+def replaced(tree: nn.Sequential) -> None:
+    tree[1].forward = torch.relu
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pruned,
+        pruned_for_good,
+        weight_normed,
+        weight_normed_once,
+        rectified,
+        of_one_slope,
+        without_bias,
+        hooked,
+        replaced,
+    ],
+)
+def test_a_changed_tree_gives_what_its_layers_give(change):
     module, x = shaken(16), images(2, 16, 3, 3)
     change(module.tree)
     assert differs(module(x), reference(module, x)) < 1e-12
+
+
+@pytest.mark.parametrize("path", ["tree", "tree.0"])
+def test_hooks_of_the_backward_pass_are_called(path):
+    module, x, seen = shaken(16), images(2, 16, 3, 3), []
+    module.get_submodule(path).register_full_backward_hook(lambda *given: seen.append(given))
+    module(x).sum().backward()
+    assert len(seen) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own use
@@ -184,6 +225,41 @@ def test_the_output_of_a_batchnorm_is_made_again_to_the_last_bit(monkeypatch, no
 
 
 @needs_compiler
+def test_what_was_changed_since_the_forward_pass_is_not_made_again_from():
+    module, x = Normalised(nn.BatchNorm2d(16)), images(4, 16, 5, 6, dtype=torch.float32)
+    out, _ = module(x)
+    with torch.no_grad():
+        module.norm.bias.add_(1)
+    with pytest.raises(RuntimeError, match="a BatchNorm's bias was changed in place"):
+        out.sum().backward()
+    features = module.norm(module.conv(x))
+    with torch.no_grad():
+        features.mul_(0.5)
+    weights = list(module.tam.parameters())
+    found = torch.autograd.grad(module.tam(features).sum(), weights)
+    expected = torch.autograd.grad(module.tam(features.detach()).sum(), weights)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_fake_tensors_pass_forward_and_backward():
+    with FakeTensorMode():
+        module = nn.Sequential(nn.BatchNorm2d(16), TAM(16))
+        module(torch.empty(2, 16, 3, 3).to(memory_format=torch.channels_last)).sum().backward()  # pyright: ignore
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@needs_compiler
+def test_a_gradient_is_differentiated_again_but_in_channels_last():
+    module, x = shaken(16), images(2, 16, 3, 3)
+    plain = x.detach().contiguous().requires_grad_()
+    (grad,) = torch.autograd.grad(module(plain).sum(), plain, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), plain)[0].abs().max() > 0
+    (grad,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(grad.square().sum(), x)
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_gradients_do_not_depend_on_the_number_of_threads(threads):
     module, x = shaken(32), images(3, 32, 5, 7)
@@ -220,9 +296,23 @@ def test_subnormal_numbers_count_as_zero_in_the_kernels_alone():  # products of 
     assert (tiny * 0.5).all()  # on all of torch's threads
 
 
-def test_without_a_compiler_the_tree_is_computed_plainly(tmp_path, monkeypatch, caplog):
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"),
+    [
+        ("no-such-compiler", "built with no-such-compiler"),
+        ("c++ 'x", "No closing quotation"),
+        ("", "Could not determine home directory"),
+    ],
+)
+def test_without_a_compiler_the_tree_is_computed_plainly(tmp_path, monkeypatch, caplog, compiler, told):
     monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CXX", compiler)
+    if not compiler:
+        monkeypatch.setattr(tree_cpu, "cache_folder", homeless)
     tree_cpu.library.cache_clear()
     try:
         module, x = shaken(8), images(2, 8, 3, 3)
@@ -231,7 +321,7 @@ def test_without_a_compiler_the_tree_is_computed_plainly(tmp_path, monkeypatch, 
     finally:
         tree_cpu.library.cache_clear()
     (message,) = caplog.messages  # once
-    assert "layer by layer" in message and "no-such-compiler" in message
+    assert "layer by layer" in message and told in message
     assert not list(tmp_path.rglob("*"))
 
 
