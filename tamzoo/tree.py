@@ -94,7 +94,7 @@ def _normalising_again(x: Tensor) -> AbstractContextManager:
     return saved_tensors_hooks(lambda kept: None if kept.dim() == 4 else kept, unpack)
 
 
-def is_plain(module: nn.Module | None, *types: type[nn.Module]) -> bool:
+def is_plain(module: Any, *types: type[nn.Module]) -> bool:
     """Whether a module is of one of these types and does what the type says: no subclass, no method in place
     of its type's, nor hooks, by which pruning makes its weights."""
     return (

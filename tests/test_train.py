@@ -839,7 +839,7 @@ def test_a_queue_holds_no_run_that_has_ended(small_data, monkeypatch):
         return train(run, *args)
 
     monkeypatch.setattr(Run, "train", look)
-    folders = {name: small_data / name for name in ("resnet20_tam.cifar10", "resnet20_plain.cifar10")}
+    folders = {name: small_data / name for name in ("resnet20_tam.cifar10", "wrn10_4_tam.cifar10")}
     assert train_entries(folders, Order(epochs=1), small_data, math.inf, CPU, SILENT)
     assert len(learners) == 2
 
