@@ -174,9 +174,8 @@ def _compared(row: Row, path: Path, found: Tensor, expected: Tensor, labels: Ten
 def _latency_ratios(made: Deployment, runs: dict[int, Run], rounds: int) -> dict[int, float]:
     """Batch 1, one thread, in turns with the plain backbone in onnxruntime; medians of paired ratios."""
     plain = timm.create_model(plain_name(made.name)).eval()
-    plain.load_state_dict(
-        made.model.state_dict(), strict=False
-    )  # of random ones deep backbones' logits explode
+    # values do not change the time, but with random ones the logits of deep backbones explode
+    plain.load_state_dict(made.model.state_dict(), strict=False)
     image, threads = as_input(made.pixels[:1], made.dataset), torch.get_num_threads()
     with TemporaryDirectory() as folder:
         path = Path(folder) / FLOAT32

@@ -164,9 +164,7 @@ def results() -> None:
 def main() -> None:
     """Runs the command line; a ValueError, RuntimeError or OSError is one sentence and exit code 2."""
     keep_freed_memory()
-    warnings.filterwarnings(
-        "ignore", "Image size .* exceeds limit"
-    )  # Pillow's, of pictures that are answered
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, of what is answered
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     with one_sentence():

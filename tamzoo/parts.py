@@ -139,8 +139,9 @@ def files_of(given: Iterable[str]) -> list[str]:
         ValueError: nothing there, or a folder or glob without pictures.
     """
     found: dict[str, str] = {}
-    for path in (path for one in given for path in _files(one)):
-        found.setdefault(os.path.normpath(path), path)
+    for one in given:
+        for path in _files(one):
+            found.setdefault(os.path.normpath(path), path)
     return list(found.values())
 
 

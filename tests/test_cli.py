@@ -48,6 +48,21 @@ def test_list_shows_every_row_and_patterns_narrow_it(tamzoo):
     assert code == 2 and not out and "nothing matches 'vgg*'" in err
 
 
+def test_list_tells_weights_that_are_not_in_this_installation(tamzoo, monkeypatch):
+    monkeypatch.setattr("tamzoo.hub.CARDS", None)
+    code, out, _ = tamzoo("list", "resnet18_*.cifar100")
+    weights = {
+        line.split("│")[1].strip(): line.split("│")[-2].strip()
+        for line in out.splitlines()
+        if "resnet" in line
+    }
+    assert (
+        code == 0
+        and weights["resnet18_tam.cifar100"] == "in a clone"
+        and weights["resnet18_se.cifar100"] == "no"
+    )
+
+
 def test_the_package_runs_as_a_command():
     command = [sys.executable, "-m", "tamzoo", "list", "vgg*"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
