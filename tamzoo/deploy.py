@@ -195,7 +195,7 @@ def deployment(
     Of each gate that is folded the report says whether that is proven right for any picture.
 
     Args:
-        model: In eval mode and float32 on the CPU, as `timm.create_model` made it.
+        model: In eval mode and float32 on the CPU, as `timm.create_model` made it or `torch.compile` wrapped that.
         pixels: uint8 (n, 3, h, w) images for the parity check, of the model's size; by default crops of the
             shipped pictures.
         weights_sha256: Of the file that the model's weights are from, where they are from one.
@@ -205,6 +205,7 @@ def deployment(
         ValueError: not a model of ours, not in float32, or not of its data set's channels; images that are
             not uint8, or of another size than the model's configuration says; or as `reparameterize_model`.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper gives every gate another name
     cfg: Any = getattr(model, "pretrained_cfg", {})
     if (tag := cfg.get("tag")) not in DATASETS or not hasattr(model, "num_classes"):
         raise ValueError(

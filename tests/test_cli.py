@@ -104,6 +104,14 @@ def test_a_wrong_picture_among_others_costs_no_other(tamzoo, tmp_path, weights):
     }
 
 
+def test_a_large_picture_is_answered_without_a_warning(tamzoo, weights, monkeypatch):
+    cat = PICTURES / "cat.jpg"
+    with Image.open(cat) as picture:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", picture.width * picture.height - 1)
+    code, out, err = tamzoo("predict", cat, "-m", "resnet20_tam.cifar10", "--weights", weights)
+    assert (code, err) == (0, "") and out.startswith(str(cat))
+
+
 def test_version(tamzoo):
     assert tamzoo("--version") == (0, f"tamzoo {version('tamzoo')}\n", "")
 

@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from PIL import Image
 from timm.data import create_transform
+from torch import nn
 
 from tamzoo.answers import answer
 from tamzoo.datasets import DATASETS
@@ -216,6 +217,15 @@ def test_a_model_of_other_classes_does_not_get_the_data_sets_names():
     with pytest.raises(ValueError, match="a model of 5 classes got 3 labels; pass one for each"):
         deployment(model, labels="abc")
     assert torch_classifier(timm.create_model("resnet20_tam.cifar10").eval()).labels[3] == "cat"
+
+
+def test_a_stem_of_two_convolutions_deploys():
+    model = timm.create_model("resnet20_tam.cifar10").eval()
+    model.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1))
+    assert deployment(model, keep_gates=True).model.conv1 is model.conv1
+    model.conv1, model.in_chans = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1)), 4
+    with pytest.raises(ValueError, match="pictures of 3 channels, as its data set has; this model takes 4"):
+        deployment(model, keep_gates=True)
 
 
 def test_pictures_are_prepared_as_the_models_configuration_says():

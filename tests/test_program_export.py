@@ -43,6 +43,11 @@ def test_the_plain_checkpoint_loads_strictly_into_the_plain_architecture(made, t
     assert told["entry"] == ENTRY and json.loads(told["labels"])[3] == "cat"
 
 
+def test_a_compiled_model_deploys_as_itself(made):
+    compiled = deployment(torch.compile(made.reference), pixels=PIXELS)
+    assert compiled.told == made.told and compiled.report == made.report and made.report.proven
+
+
 @pytest.mark.parametrize("classes", [5, 0])
 def test_a_plain_checkpoint_has_the_classes_of_its_model(classes, tmp_path):
     model = timm.create_model(ENTRY, pretrained=True, num_classes=classes).eval()
