@@ -20,6 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tamzoo.card_texts import table
 from tamzoo.catalogue import BACKBONES, ENTRIES
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import normalise
@@ -203,15 +204,12 @@ def infer(options: argparse.Namespace) -> None:
 
 def markdown(found: dict[int, list[Timing]]) -> str:
     """A row a program, and for each batch size its median and the median of its ratios to plain."""
-    batches = "".join(f" batch {batch} | of plain (quartiles) |" for batch in found)
-    lines = [f"| program |{batches}", "|---|" + "---|---|" * len(found)]
+    rows = [["program"] + [head for batch in found for head in (f"batch {batch}", "of plain (quartiles)")]]
     for timings in zip(*found.values(), strict=True):
-        cells = (
-            f" {t.median_ms:.2f} ms | {t.ratio:.2f} ({t.ratio_low:.2f} to {t.ratio_high:.2f}) |"
-            for t in timings
-        )
-        lines.append(f"| {timings[0].name} |{''.join(cells)}")
-    return "\n".join(lines)
+        rows.append([timings[0].name])
+        for t in timings:
+            rows[-1] += [f"{t.median_ms:.2f} ms", f"{t.ratio:.2f} ({t.ratio_low:.2f} to {t.ratio_high:.2f})"]
+    return table(rows)
 
 
 def _as_csv(series: dict[tuple[str, int], list[Timing]], options: argparse.Namespace, state: str) -> str:

@@ -35,14 +35,17 @@ def png_folder(folder: Path, shard: Path) -> Path:
     """The pictures of a shard as PNG files."""
     import io
 
-    out = folder / "png"
+    out = folder / f"png-{shard.stem}"
     if not out.exists():
-        out.mkdir()
-        for number, batch in enumerate(batches_of(list_parts([str(shard)], out), BATCH)):
-            for row, (key, cell) in enumerate(batch.rows):
-                picture = decode_picture(io.BytesIO(cell), key) if isinstance(cell, bytes) else None
-                assert picture, f"{key}: expected bytes"
-                picture.save(out / f"{number:05d}-{row:02d}.png")
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            part = Path(unfinished) / "png"
+            part.mkdir()
+            for number, batch in enumerate(batches_of(list_parts([str(shard)], out), BATCH)):
+                for row, (key, cell) in enumerate(batch.rows):
+                    picture = decode_picture(io.BytesIO(cell), key) if isinstance(cell, bytes) else None
+                    assert picture, f"{key}: expected bytes"
+                    picture.save(part / f"{number:05d}-{row:02d}.png")
+            part.rename(out)
     return out
 
 

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import update_bn
 
 from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.backbones import GatedBlock
+from tamzoo.card_texts import table
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import Split, load_split, normalise
@@ -158,19 +159,17 @@ def show(folder: Path) -> None:
     """Prints the study's two tables in Markdown."""
     rows = list(rows_of(folder))
     epochs = sorted({int(row["epoch"]) for row in rows})
-    print("| run | " + " | ".join(f"after {epoch}" for epoch in epochs) + " | error, all folded |")
-    print("|---|" + "---|" * (len(epochs) + 1))
+    runs = [["run", *(f"after {epoch}" for epoch in epochs), "error, all folded"]]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         cells = []
         for epoch in epochs:
-            widths = [float(r["width"]) for r in rows if r["setting"] == setting and int(r["epoch"]) == epoch]
-            static = sum(width <= GATE_TOLERANCE for width in widths)
-            cells.append(f"{static}/{len(widths)}, {max(widths):.0e}" if widths else "-")
+            gates = [float(r["width"]) for r in rows if r["setting"] == setting and int(r["epoch"]) == epoch]
+            static = sum(width <= GATE_TOLERANCE for width in gates)
+            cells.append(f"{static}/{len(gates)}, {max(gates):.0e}" if gates else "-")
         last = next(row for row in rows if row["setting"] == setting)
         cells.append(f"{float(last['error']):.2f} %, {float(last['error_folded']):.2f} %")
-        print(f"| {setting} | " + " | ".join(cells) + " |")
-    columns = ("width", "gates", "median bound", "median logit change", "largest", "top-1 changed, largest")
-    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        runs.append([setting, *cells])
+    widths = [["width", "gates", "median bound", "median logit change", "largest", "top-1 changed, largest"]]
     decades: dict[int, list[dict[str, str]]] = {}
     for row in rows:
         width = float(row["width"])
@@ -182,7 +181,8 @@ def show(folder: Path) -> None:
         told = [
             f"{value:.0e}" for value in (statistics.median(bounds), statistics.median(changes), max(changes))
         ]
-        print("| " + " | ".join([label, str(len(found)), *told, str(flips)]) + " |")
+        widths.append([label, str(len(found)), *told, str(flips)])
+    print(f"{table(runs)}\n\n{table(widths)}")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from tamzoo.images import decode_picture, open_picture
+from tamzoo.images import decode_picture, of_system, open_picture
 from tamzoo.parts import Batch, Part, batches_of
 from tamzoo.predict import BATCH, NO_PROBABILITIES, Classifier
 from tamzoo.progress import Counted, Progress, silent
@@ -78,6 +78,8 @@ def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
         try:
             pixels[n] = classifier.pixels(_picture(key, source))
         except (ValueError, OSError) as error:  # a name too long, a folder that may not be read
+            if of_system(error):  # the next call may answer it
+                raise
             errors.append(_utf8(str(error)))
             places.append(None)
         else:
@@ -120,7 +122,11 @@ def _picture(key: str, source: Path | bytes | None) -> Image.Image:
 
 def _utf8(text: str) -> str:
     """A text that parquet can hold: names of files need not be UTF-8."""
-    return os.fsencode(text).decode(errors="replace")
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:  # a shard's text, in a locale that has no such letters
+        raw = text.encode(errors="replace")
+    return raw.decode(errors="replace")
 
 
 def joined(answers: Sequence[Answer]) -> Answer:

@@ -77,7 +77,11 @@ class TAM(nn.Module):
 
     def forget_gate(self) -> None:
         """Marks the gate as not measured."""
-        self.measured_gate.zero_()
+        if torch.compiler.is_compiling():  # which cannot read the other
+            self.measured_gate.zero_()
+        else:
+            with torch._C._DisableFuncTorch():  # it would refuse: the buffer is none of the function's inputs
+                self.measured_gate.zero_()
 
     def _apply(self, fn, recurse: bool = True):
         gate = self.measured_gate

@@ -42,6 +42,11 @@ class GatedBlock:
             return None
         if not isinstance(self.se, (TAM, Scalar)):
             return f"{type(self.se).__name__} depends on its input by design"
+        if not is_plain(self.se, TAM, Scalar):
+            return (
+                f"{type(self.se).__name__} may do more than multiply by its gate: by its type, by a hook "
+                "or by another forward"
+            )
         layer = getattr(self, self.last_affine)
         own = layer._parameters  # pruning and parametrizations make weights anew from others at every pass
         weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
@@ -137,6 +142,12 @@ class ResNet(resnet.ResNet):
                 info["reduction"] = int(info["reduction"]) // (4 if index else 2)
         if not hasattr(self, "layer4"):  # timm's forward names four stages
             self.layer4 = nn.Sequential()
+            self.head_last()
+
+    def head_last(self) -> None:
+        """Puts pool and classifier behind what was added after them: users count on the order of children."""
+        for name in ("global_pool", "fc"):
+            self._modules[name] = self._modules.pop(name)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
@@ -149,7 +160,11 @@ class ResNet(resnet.ResNet):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """timm's, of the stages that there are."""
-        indices, _ = feature_take_indices(len(self.feature_info), indices)
+        indices, last = feature_take_indices(len(self.feature_info), indices)
+        if last == len(self.feature_info) - 1:  # nothing to cut, but timm counts four stages
+            if prune_head:
+                self.reset_classifier(0, "")
+            return indices
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
     def forward_stem(self, x: Tensor) -> Tensor:

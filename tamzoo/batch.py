@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from tamzoo.parts import Part, parts_folder
 from tamzoo.shards import MARK, parquet_library
 
 _PARTS_A_GROUP = 16  # a row group of the finished file
+# what a call leaves in the folder of its parts, half-written under a hidden name too
+_OURS = re.compile(r"\.?(\d{8}\.parquet|merged\.parquet|job\.json|job\.lock)(\..+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,10 @@ def run_job(job: Job, engine: Engine) -> Summary:
                 model_s += found.model_s
             with _keeping(job):
                 _merge(job)
-    shutil.rmtree(job.folder, ignore_errors=True)
+    with suppress(OSError):  # it is only in the way; what is not ours stays, and the folder with it
+        for left in _left_in(job.folder):
+            left.unlink()
+        job.folder.rmdir()
     errors, first = _errors(job.out)
     seconds = time.perf_counter() - began
     return Summary(
@@ -166,7 +171,7 @@ def _open_folder(job: Job) -> None:
     note = job.folder / "job.json"
     with _keeping(job):
         if not note.exists():
-            for left in job.folder.glob("*.parquet"):  # nobody knows of which job
+            for left in _left_in(job.folder, "*.parquet"):  # nobody knows of which job
                 left.unlink()
             write_whole(note, json.dumps(job.identity))
     try:
@@ -179,8 +184,12 @@ def _open_folder(job: Job) -> None:
             f"{job.folder} holds the parts of another job (other {', '.join(changed)}); "
             "finish that job, remove the folder, or pass another --out"
         )
-    for left in job.folder.glob(".*"):  # half a part, of a call that was killed
+    for left in _left_in(job.folder, ".*"):  # half a part, of a call that was killed
         left.unlink()
+
+
+def _left_in(folder: Path, pattern: str = "*") -> list[Path]:
+    return [path for path in folder.glob(pattern) if _OURS.fullmatch(path.name)]
 
 
 def _merge(job: Job) -> None:

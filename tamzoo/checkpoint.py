@@ -47,9 +47,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        if error.filename or not error.errno:
+        if not error.errno or (error.filename and str(error.filename) != str(part)):
             raise
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error  # a full disk
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -50,6 +50,8 @@ def analyze(
     except OSError as error:
         raise type(error)(error.errno, f"cannot make the folder {out}: {error.strerror}") from error
     found = analyse(main, peers, split.to(place), bar)
+    for old in (out / f"{name}.{each}" for name in found.figures for each in ("png", "svg", "pdf")):
+        old.unlink(missing_ok=True)  # were this interrupted, it would pass for one of these numbers
     write_whole(out / ANALYSIS, found.to_json())
     _tell(found)
     for path in plot_analysis(found, out, kinds):

@@ -13,15 +13,11 @@ Owner = Annotated[str | None, typer.Option(help="On the Hub (default: $TAMZOO_HU
 
 def _chosen(names: list[str] | None, every: bool) -> list[Any]:
     from tamzoo.catalogue import ENTRIES
-    from tamzoo.registry import find_model
+    from tamzoo.registry import find_entry
 
     if bool(names) == every:
         raise ValueError("expected either names of entries or --all. All names: tamzoo list")
-    found = [find_model(name) for name in names or []]
-    strangers = [name for name in found if name not in ENTRIES]
-    if strangers:
-        raise ValueError(f"{strangers[0]} is no entry of the catalogue. All names: tamzoo list")
-    return list(ENTRIES.values()) if every else [ENTRIES[name] for name in found]
+    return list(ENTRIES.values()) if every else [find_entry(name) for name in names or []]
 
 
 def publish(
@@ -35,6 +31,8 @@ def publish(
 ) -> None:
     """Publish entries to the Hugging Face Hub; a second run uploads only what has changed."""
     import os
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
 
     from huggingface_hub import HfApi
 
@@ -42,8 +40,9 @@ def publish(
     from tamzoo.catalogue import HUB_OWNER
     from tamzoo.data import data_directory
     from tamzoo.onnx_export import export_entry
-    from tamzoo.publish import collect, release
-    from tamzoo.staging import sampler
+    from tamzoo.publish import collect
+    from tamzoo.publish import publish as upload
+    from tamzoo.staging import sampler, stage
 
     entries = [entry for entry in _chosen(names, every) if entry.trained or not every]
     if hub.CARDS is None:
@@ -53,9 +52,12 @@ def publish(
     if folder is None:
         print("no --data and no TAMZOO_DATA: the staged weights are not evaluated on a sample")
     check = sampler(folder, hub.CARDS, bar) if folder else None
-    options = {"owner": owner, "private": private, "create_pr": create_pr, "dry_run": dry_run}
     done = []
-    for published in release(entries, api, hub.CARDS, export=export_entry, check=check, **options):
+    for entry in entries:
+        with TemporaryDirectory(prefix="tamzoo-") as there:
+            source = hub.CARDS / entry.name
+            staged = stage(entry, source, Path(there), owner=owner, export=export_entry, check=check)
+            published = upload(staged, api, private=private, create_pr=create_pr, dry_run=dry_run)
         done.append(published.repo_id)
         print(published, flush=True)
     if done and not (dry_run or create_pr):

@@ -195,7 +195,7 @@ def deployment(
     Of each gate that is folded the report says whether that is proven right for any picture.
 
     Args:
-        model: In eval mode and float32 on the CPU, as `timm.create_model` made it or `torch.compile` wrapped that.
+        model: In eval mode and float32 on the CPU, as `timm.create_model` made it, compiled or not.
         pixels: uint8 (n, 3, h, w) images for the parity check, of the model's size; by default crops of the
             shipped pictures.
         weights_sha256: Of the file that the model's weights are from, where they are from one.

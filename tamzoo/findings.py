@@ -152,7 +152,7 @@ def read_analysis(path: Path) -> Analysis:
     """Raises ValueError naming the file where it holds no analysis."""
     try:
         return Analysis.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected what `tamzoo analyze` writes (JSON), got {error}") from error
 
 

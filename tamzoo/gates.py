@@ -75,6 +75,7 @@ def measure_gates(
         ValueError: training mode, a coarser precision than float32, no gates, fewer than two images, or a
             gate that is not finite.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper gives every gate another name
     if model.training:
         raise ValueError("measuring gates needs a model in eval mode; call model.eval() first")
     gates = gates_of(model)
@@ -92,7 +93,9 @@ def measure_gates(
     hooks = [gates[name].register_forward_pre_hook(watch) for name, watch in watches.items()]
     try:
         pieces = list(images.split(batch_size)) if isinstance(images, Tensor) else images
-        with torch.autocast(place.device.type, enabled=False):
+        # code that is compiled already would pass the hooks by
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.autocast(place.device.type, enabled=False):
             for batch in progress(pieces, "Measuring gates"):
                 fits = isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() == 4
                 if not fits or not len(batch):
@@ -182,7 +185,7 @@ def remember_gates(model: nn.Module, gates: Iterable[GateStats]) -> None:
     Raises:
         ValueError: a gate that the model does not have.
     """
-    modules = gates_of(model)
+    modules = gates_of(getattr(model, "_orig_mod", model))
     for stats in gates:
         if stats.name not in modules:
             raise ValueError(f"the model has no gate {stats.name!r}; it has {', '.join(modules) or 'none'}")

@@ -1,5 +1,6 @@
 """Pictures from files: checked, never converted in silence; and the pictures that the package ships."""
 
+import errno
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +14,8 @@ PICTURES = Path(__file__).parent / "pictures"
 UNREAD = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "PALM"}
 SUFFIXES = frozenset(end for end, kind in Image.registered_extensions().items() if kind not in UNREAD)
 COMMON = ("JPEG", "PNG", "WEBP")  # tried first: Pillow asks its formats one by one
+_NAMES = ("EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT")
+SYSTEM = {getattr(errno, name) for name in _NAMES if hasattr(errno, name)}  # Windows lacks some
 SMALLEST = 8  # pixels a side; less than this shows nothing
 LONGEST = 100  # sides of a picture, the longer over the shorter
 READABLE = "expected a JPEG, PNG, WebP or another format that Pillow reads"
@@ -24,15 +27,24 @@ ADVICE = {
 }
 
 
+def of_system(error: BaseException) -> bool:
+    """Whether the machine is short of something, or a disk fails, whatever the picture."""
+    return getattr(error, "errno", None) in SYSTEM
+
+
 def open_picture(path: Path) -> Image.Image:
     """A picture from a file.
 
     Raises:
         ValueError: no such file, or as `decode_picture`.
+        OSError: as there.
     """
     try:
         wrong = None if path.is_file() else "a folder" if path.is_dir() else "no such file"
-    except OSError as error:  # a name that is too long, as where a column holds base64 and no paths
+    except OSError as error:
+        if of_system(error):
+            raise
+        # a name that is too long, as where a column holds base64 and no paths
         raise ValueError(f"{str(path)[:60]}...: expected a picture, found {error.strerror}") from error
     if wrong:
         raise ValueError(f"{path}: expected a picture, found {wrong}")
@@ -48,6 +60,7 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
     Raises:
         ValueError: not an image, damaged, animated, tiny, huge, a strip, or of a mode whose conversion would
             have to guess (transparency, CMYK, grey of 16 bits).
+        OSError: no more files can be opened, the disk fails: nothing that a picture is to blame for.
     """
     try:
         with _opened(source) as image:
@@ -60,7 +73,11 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
         raise ValueError(f"{name}: not a picture; {READABLE}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: too large for a picture ({error}); make it smaller first") from error
+    except MemoryError as error:
+        raise ValueError(f"{name}: too large for the memory that is left; make it smaller first") from error
     except Exception as error:  # a damaged file makes Pillow's decoders fail in any way
+        if of_system(error):
+            raise
         raise ValueError(f"{name}: a damaged picture ({error}); {READABLE}") from error
     if frames > 1:
         raise ValueError(f"{name}: animated, {frames} frames; save one frame as a picture")
@@ -73,13 +90,14 @@ def decode_picture(source: Path | BinaryIO, name: str) -> Image.Image:
             f"{name}: {image.width}x{image.height} pixels; expected one side at most {LONGEST} times as "
             "long as the other; cut it first"
         )
+    if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):  # which no pixel need have
+        image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] == 255:  # opaque, as of screens
         image = image.convert(image.mode[:-1])
-    mode = "RGBA" if "transparency" in image.info else image.mode
-    if mode not in ("RGB", "L", "P", "1"):
-        advice = ADVICE.get(mode, "save it with 8 bits a channel first")
-        raise ValueError(f"{name}: expected an 8-bit RGB or grey picture, got mode {mode}; {advice}")
-    return image if mode == "RGB" else image.convert("RGB")
+    if image.mode not in ("RGB", "L", "P", "1"):
+        advice = ADVICE.get(image.mode, "save it with 8 bits a channel first")
+        raise ValueError(f"{name}: expected an 8-bit RGB or grey picture, got mode {image.mode}; {advice}")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _opened(source: Path | BinaryIO) -> Image.Image:

@@ -138,8 +138,10 @@ def export_entry(
         model: In eval mode on the CPU, as `timm.create_model` made it.
         how: As for `deployment`.
     Raises:
-        ValueError: as `deployment` and `write_checked`.
+        ValueError: a path that does not end in .onnx, or as `deployment` and `write_checked`.
     """
+    if Path(path).suffix != ".onnx":
+        raise ValueError(f"{path}: expected a file named .onnx; other kinds are made by tamzoo export")
     made = deployment(model, **how)
     return made.report, export_deployment(made, Path(path), uint8=uint8, progress=progress)
 

@@ -1,20 +1,17 @@
 """Entries to the Hub: uploaded in one commit each, tagged and collected."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
-from torch import nn
 
-from tamzoo.catalogue import HUB_OWNER, Entry
+from tamzoo.catalogue import HUB_OWNER
 from tamzoo.checkpoint import WEIGHTS
 from tamzoo.hub import HUB_ERRORS, LOGIN, explain, hash_like, listing
-from tamzoo.staging import Staged, stage
+from tamzoo.staging import Staged
 from tamzoo.weights import TAG
 
 COLLECTION = "Tree-structured attention for image classification"
@@ -153,34 +150,3 @@ def collect(repo_ids: list[str], api: HfApi, owner: str = HUB_OWNER, *, private:
         for repo_id in sorted(set(repo_ids) - {item.item_id for item in collection.items}):
             collection = api.add_collection_item(collection.slug, repo_id, "model", exists_ok=True)
         return collection.url
-
-
-def release(
-    entries: Iterable[Entry],
-    api: HfApi,
-    cards: Path,
-    *,
-    owner: str = HUB_OWNER,
-    private: bool = False,
-    create_pr: bool = False,
-    dry_run: bool = False,
-    export: Callable[..., Any] | None = None,
-    check: Callable[[nn.Module, Entry], Any] | None = None,
-) -> Iterator[Published]:
-    """Stages and publishes one entry after another; the first that fails ends it.
-
-    Args:
-        cards: Holds a folder for every entry.
-        export: As for `stage`; so is `check`.
-    """
-    for entry in entries:
-        with TemporaryDirectory(prefix="tamzoo-") as folder:
-            staged = stage(
-                entry,
-                cards / entry.name,
-                Path(folder),
-                owner=owner,
-                export=export,
-                check=check,
-            )
-            yield publish(staged, api, private=private, create_pr=create_pr, dry_run=dry_run)

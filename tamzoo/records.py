@@ -134,5 +134,5 @@ def read_record(path: Path) -> Record:
     """Raises ValueError naming the file where it holds no record."""
     try:
         return Record.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: expected a training record (JSON), got {error}") from error

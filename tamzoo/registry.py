@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,15 @@ from tamzoo.checkpoint import check_fit, check_weights_file
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.hub import fetch_weights
 from tamzoo.paper import PAPER_TITLE
-from tamzoo.wide_resnet import WideResNet
+from tamzoo.wide_resnet import PreActBlock, WideResNet
 
-__all__: list[str] = ["MODELS", "find_model"]
+__all__: list[str] = ["MODELS", "find_entry", "find_model"]
+
+NETWORKS = {  # by the kind of block
+    "basic": (ResNet, BasicBlock),
+    "bottleneck": (ResNet, Bottleneck),
+    "preact": (WideResNet, PreActBlock),
+}
 
 
 def find_model(name: str) -> str:
@@ -38,9 +44,23 @@ def find_model(name: str) -> str:
         return name
     if tag and architecture in default_cfgs:
         raise ValueError(f"{architecture} has no tag {tag!r}; expected one of {', '.join(DATASETS)}")
-    nearest = difflib.get_close_matches(name.lower(), known, n=3)
-    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-    raise ValueError(f"no model {name!r}{hint}. All names: tamzoo list --all")
+    raise ValueError(f"no model {name!r}{_nearest(name, known)}. All names: tamzoo list --all")
+
+
+def find_entry(name: str) -> Entry:
+    """The catalogue's row of that name.
+
+    Raises:
+        ValueError: no such entry; names the nearest.
+    """
+    if name not in ENTRIES:
+        raise ValueError(f"no entry {name!r}{_nearest(name, ENTRIES)}. All names: tamzoo list")
+    return ENTRIES[name]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name.lower(), known, n=3)
+    return f"; nearest: {', '.join(found)}" if found else ""
 
 
 def _pretrained_cfg(model: str, dataset: Dataset) -> dict[str, Any]:
@@ -102,27 +122,25 @@ def _build(model: str, backbone: Backbone, attention: str, pretrained: bool, **k
     attn_layer = ATTENTIONS[attention]
     if attention == "tam" and "group_size" in kwargs:
         attn_layer = partial(ATTENTIONS[attention], group_size=kwargs.pop("group_size"))
+    network, block = NETWORKS[backbone.block]
     shape: dict[str, Any] = {
+        "block": block,
         "layers": backbone.layers,
         "channels": backbone.channels,
+        "cardinality": backbone.cardinality,
+        "base_width": backbone.base_width,
         "stem": "3x3" if small else "7x7",
         "stem_width": backbone.stem_width,
         "block_args": {"attn_layer": attn_layer},
+        "zero_init_last": False,  # He initialisation throughout (paper, section 3.2)
     }
-    if backbone.block != "preact":
-        shape |= {
-            "block": Bottleneck if backbone.block == "bottleneck" else BasicBlock,
-            "cardinality": backbone.cardinality,
-            "base_width": backbone.base_width,
-            "zero_init_last": False,  # He initialisation throughout (paper, section 3.2)
-        }
 
     def fit(weights: dict[str, Tensor], built: nn.Module) -> dict[str, Tensor]:
         check_fit(weights, built, name)
         return weights
 
     return build_model_with_cfg(
-        WideResNet if backbone.block == "preact" else ResNet,
+        network,
         model,
         pretrained,
         pretrained_filter_fn=fit,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.card_texts import table
 from tamzoo.catalogue import ENTRIES, OWNER, Entry
 from tamzoo.checkpoint import write_whole
 from tamzoo.hub import CARDS
@@ -106,25 +107,23 @@ def results_csv() -> str:
 
 def results_markdown() -> str:
     """The README's table: the entries that were trained, the paper's cell beside ours."""
-    lines = [
-        "| entry | paper: top-1 error, best epoch of 300 | ours, last epoch | our training | static gates "
-        "| proven for any picture |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = "entry", "paper: top-1 error, best epoch of 300", "ours, last epoch", "our training"
+    rows = [(*heads, "static gates", "proven for any picture")]
     for entry in ENTRIES.values():
         row = result_row(entry)
         if row["top1_error"] is not None:
             after = f" after {row['pretraining']}" if row["pretraining"] else ""
-            cells = (
-                f"`{entry.name}`",
-                f"{row['paper_top1_error']:.2f} %" if entry.paper else "not in the paper",
-                f"{row['top1_error']} %{'' if entry.trained else ' (weights not kept)'}",
-                f"{row['epochs']} epochs{after}, {row['training_minutes']} min, {row['hardware']}",
-                f"{row['static_gates']} of {row['gates']}" if row["gates"] else "no gates",
-                f"{row['proven_gates']} of {row['gates']}" if row["gates"] else "",
+            rows.append(
+                (
+                    f"`{entry.name}`",
+                    f"{row['paper_top1_error']:.2f} %" if entry.paper else "not in the paper",
+                    f"{row['top1_error']} %{'' if entry.trained else ' (weights not kept)'}",
+                    f"{row['epochs']} epochs{after}, {row['training_minutes']} min, {row['hardware']}",
+                    f"{row['static_gates']} of {row['gates']}" if row["gates"] else "no gates",
+                    f"{row['proven_gates']} of {row['gates']}" if row["gates"] else "",
+                )
             )
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table(rows)
 
 
 def with_results(readme: str) -> str:

@@ -1,6 +1,5 @@
 """One session of training: entries one after another, until they are done or the time is up."""
 
-import difflib
 import logging
 import time
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from tamzoo.learner import Compiled
 from tamzoo.progress import Voice
 from tamzoo.recipes import Recipe, recipe_for
 from tamzoo.records import read_record
+from tamzoo.registry import find_entry
 from tamzoo.train import Run
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def waiting(out: Path, recipe: str = "short", only: str = "*", world: World | No
     queue = [name for _, group in groups for name in sorted(group, key=_has_weights)]
     names = [name for name in queue if fnmatch(name, only)]
     if not names:
-        raise ValueError(f"no entry is called {only!r}. All names: tamzoo list --all")
+        raise ValueError(f"no entry is called {only!r}. All names: tamzoo list")
     names = [name for name in names if not _trained_by(ENTRIES[name], recipe)]
     finished = [_finished_by(out / name, ENTRIES[name], recipe) for name in names]
     if world:
@@ -123,14 +123,11 @@ def train_entries(
         return True
     directory, splits, ready_s, left = data_directory(data), {}, 0.0, False
     for name, out in folders.items():
-        if name not in ENTRIES:
-            nearest = ", ".join(difflib.get_close_matches(name.lower(), ENTRIES, n=3))
-            raise ValueError(f"no entry {name!r}; nearest: {nearest or 'none'}. All names: tamzoo list --all")
+        dataset = find_entry(name).dataset
         if world.first_says(time.monotonic() + ready_s >= ends):  # no step would be done in time
             voice.say(f"the time is up; the same command goes on with {name}")
             left = True
             break
-        dataset = ENTRIES[name].dataset
         try:
             if world.first_says(order.resume and (out / "record.json").exists()):
                 if world.first:

@@ -10,13 +10,13 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from tamzoo.catalogue import ATTENTION_NAMES, ENTRIES, Backbone
+from tamzoo.catalogue import ATTENTION_NAMES, Backbone
 from tamzoo.checkpoint import WEIGHTS, check_finite, load_weights, model_arguments, read_finished
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.findings import Curve
 from tamzoo.hub import entry_folder, fetch_weights
 from tamzoo.journal import read_log
-from tamzoo.registry import MODELS, find_model
+from tamzoo.registry import MODELS, find_entry, find_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,7 @@ def subject(given: str, weights: Path | None = None) -> Subject:
         assert cfg is not None
         name = f"{name}.{cfg.tag}"
     if weights is None:
-        if name not in ENTRIES:
-            raise ValueError(
-                f"{name} is no entry of the catalogue and has no weights. All names: tamzoo list"
-            )
-        weights = fetch_weights(ENTRIES[name])
+        weights = fetch_weights(find_entry(name))
     return Subject(label=name, entry=name, weights=weights)
 
 

@@ -29,6 +29,8 @@ def gated(x: Tensor, tree: nn.Sequential) -> Tensor:
     Returns:
         (n, c, h, w), in the memory format of x.
     """
+    if isinstance(x, torch.fx.Proxy):  # traced: nothing of it is known but what is done with it
+        return x * torch.sigmoid(tree(x))
     if not _fits(x, tree):
         return x * torch.sigmoid(climb(x, tree))
     with _normalising_again(x):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def stored_run(entry: Entry, folder: Path) -> Record | None:
 
 
 def _apart(left: list[float], right: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(left, right, strict=True)) if len(left) == len(right) else 1e9
+    if len(left) != len(right):
+        return inf
+    gaps = [abs(a - b) for a, b in zip(left, right, strict=True)]
+    return max(gaps) if all(map(isfinite, gaps)) else inf  # max passes over NaN
 
 
 def write_cards(
@@ -72,7 +76,14 @@ def write_cards(
         record = read_record(folder / "record.json") if entry.trained else None
         golden = _golden(entry, folder) if entry.trained else None
         analysis, run = stored_analysis(folder), stored_run(entry, folder)
-        for path, text in card_files(entry, record, golden, analysis=analysis, run=run).items():
+        texts = card_files(entry, record, golden, analysis=analysis, run=run)
+        picture, config = folder / "gates.png", folder / "config.json"
+        # drawn first: were it interrupted, the next call would still see that the texts are of other weights
+        known = picture.exists() and config.is_file() and config.read_bytes() == texts["config.json"].encode()
+        if draw and record and record.gates and not known:
+            draw(record.gates, picture)
+            changed.append(picture)
+        for path, text in texts.items():
             file = folder / path
             if not file.is_file() or file.read_bytes() != text.encode():
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +95,6 @@ def write_cards(
             and not all((folder / path).is_file() for path in pictures(record, analysis))
         ):
             changed += draw_analysis(analysis, folder)
-        picture = folder / "gates.png"
-        stale = not picture.exists() or folder / "config.json" in changed
-        if draw and record and record.gates and stale:
-            draw(record.gates, picture)
-            changed.append(picture)
     return changed
 
 

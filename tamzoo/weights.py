@@ -32,7 +32,7 @@ _SHA256 = {  # of model.safetensors, by recipe
         "resnet18_plain.cifar100": "670c529302a944ea7380d0bb81e495d791e6fe944f716c39bcd12353a0368467",
         "wrn10_4_tam.cifar10": "719d7ceb0bfe0cfbcccb0e98cc7b2696e819c76cc2d3f4f3b5e87944033936c0",
         "wrn10_4_plain.cifar10": "c4fb9d448b69c56e7820d70a38cc74cf458fdc116832e161e57d2e1064d7ce53",
-        "wrn10_4_scalar.cifar10": "f2c85c043a938f038ebc9a28ab232116a8fdda5d3c13f89da859ff812c1cca81",
+        "wrn10_4_scalar.cifar10": "95273988574a9ce8e9f7bc61ca0dd4231a00323f91692d40901e95d0134f0f7d",
         "wrn10_4_se.cifar10": "b01e1d9c2537d12afe74e6d605736232ea5a69b9fe4d0ac74ba8cc52c53fd51d",
         "wrn10_4_cbam.cifar10": "ced9d60e465e62ebf66272c781156c405345c55a7dc1e87807aebfc32ca8c21f",
         "resnet20_tam.cifar10": "cc32067d41ee4147b1952d4499e69b7f9b565da1748a1c7b9c1be1dd0bf4e669",

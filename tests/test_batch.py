@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 import tamzoo.batch
@@ -164,6 +165,28 @@ def test_a_picture_that_the_system_refuses_is_one_error(pictures, tmp_path, monk
     assert "Permission denied" in rows_of(tmp_path / "out.parquet")[7]["error"]
 
 
+def test_a_disk_that_fails_is_no_pictures_error(pictures, tmp_path, monkeypatch):
+    def fails(path, **options):
+        if Path(path).name == "107.png":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, **options)
+
+    out, opened = tmp_path / "out.parquet", Image.open
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"Input/output error: .*107.png"):
+        patch.setattr(Image, "open", fails)
+        run([pictures], out)
+    assert not out.exists() and list(parts_folder(out).glob("*.parquet"))
+    assert 0 < run([pictures], out).predicted < 120
+    expect_colours(rows_of(out), 120)
+
+
+def test_a_shards_names_need_not_fit_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("latin-1"))
+    cell = {"bytes": coloured(0), "path": "\u732b.png"}
+    run([shard(tmp_path / "x.parquet", [cell], HUB)], tmp_path / "out.parquet")
+    assert rows_of(tmp_path / "out.parquet")[0]["error"] is None
+
+
 def test_what_the_single_picture_path_refuses_is_an_error_of_the_same_words(tmp_path):
     whole = (PICTURES / "cat.jpg").read_bytes()
     path = tmp_path / "half.jpg"
@@ -204,7 +227,7 @@ def test_a_job_goes_on_where_a_full_disk_stopped_it(pictures, tmp_path, monkeypa
     assert not out.exists()
     monkeypatch.undo()
     monkeypatch.setattr("tamzoo.parts.PART_ROWS", 10)
-    (parts_folder(out) / ".half.parquet").write_bytes(b"left by a kill")
+    (parts_folder(out) / ".00000005.parquet.1a2b3c4d.parquet").write_bytes(b"left by a kill")
     assert run([pictures], out).predicted == 70
     expect_colours(rows_of(out), 120)
     assert not parts_folder(out).exists()
@@ -302,6 +325,19 @@ def test_parts_that_have_lost_their_note_are_not_kept(pictures, tmp_path):
     parts_folder(out).mkdir()  # as a kill leaves it in mid removal
     (parts_folder(out) / "00000000.parquet").write_bytes(b"another job's")
     assert run([pictures], out).predicted == 120
+    expect_colours(rows_of(out), 120)
+
+
+def test_other_files_in_the_folder_of_the_parts_stay(pictures, tmp_path):
+    out = tmp_path / "x.parquet"
+    folder = parts_folder(out)
+    others = [folder / "mine.parquet", folder / ".hidden", folder / "sub" / "notes.txt"]
+    (folder / "sub").mkdir(parents=True)
+    for path in others:
+        path.write_text("precious")
+    for _ in range(2):
+        run([pictures], out)
+        assert sorted(path for path in folder.rglob("*") if path.is_file()) == sorted(others)
     expect_colours(rows_of(out), 120)
 
 

@@ -197,12 +197,32 @@ def test_the_picture_of_the_gates_follows_the_weights(tmp_path):
     assert drawn == [tmp_path / other.name / "gates.png"]
 
 
+def test_a_drawing_that_failed_is_drawn_by_the_next_call(tmp_path):
+    entry, drawn = stand_in(tmp_path), []
+    config = tmp_path / entry.name / "config.json"
+    config.write_text(config.read_text().replace('"mean"', '"Mean"'))  # as of other weights
+    with pytest.raises(ZeroDivisionError):
+        write_cards(tmp_path, [entry], lambda gates, path: 1 / 0)
+    write_cards(tmp_path, [entry], lambda gates, path: drawn.append(path))
+    assert drawn == [tmp_path / entry.name / "gates.png"] and verify_folder(entry, config.parent) == []
+
+
 @pytest.mark.parametrize(
     ("path", "change", "problem"),
     [
         ("README.md", lambda text: text + b" ", "README.md is not what"),
         ("config.json", lambda text: text.replace(b"0.4914", b"0.4915"), "config.json is not what"),
         ("config.json", lambda text: re.sub(rb'_logits": \[\n +', b"\\g<0>9", text), "golden logits are off"),
+        (
+            "config.json",
+            lambda text: re.sub(rb'(_logits": \[\n +)[^,]+', rb"\1NaN", text),
+            "golden logits are off",
+        ),
+        (
+            "config.json",
+            lambda text: re.sub(rb"\S+(\n +\]\n\}\n)$", rb"NaN\1", text),
+            "golden logits are off",
+        ),
         ("config.json", lambda text: b"[]", "config.json is not what"),
         ("config.json", lambda text: b'{"golden_logits": 3}', "config.json is not what"),
         ("record.json", lambda text: b"{}", "expected a training record"),

@@ -231,6 +231,38 @@ def test_a_gate_stays_where_a_factor_would_change_more_or_less_than_the_block(ch
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+class HalvedTAM(tamzoo.TAM):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def hooked(gate: torch.nn.Module) -> None:
+    gate.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def hooked_before(gate: torch.nn.Module) -> None:
+    gate.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def with_another_forward(gate: torch.nn.Module) -> None:
+    gate.forward = lambda x: x + 1
+
+
+def subclassed(gate: torch.nn.Module) -> None:
+    gate.__class__ = HalvedTAM
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_before, with_another_forward, subclassed])
+def test_an_attention_that_does_more_than_its_gate_stays(change, shaken):
+    model, x = make_static(shaken(timm.create_model("resnet20_tam.cifar10"))), torch.randn(2, 3, 32, 32)
+    gates = measure_gates(model, x)
+    change(model.layer2[1].se)
+    folded = tamzoo.reparameterize_model(model, gates)
+    assert "may do more than multiply" in folded.fold_report.kept["layer2.1.se"]
+    assert len(folded.fold_report.folded) == 8
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_the_report_tells_which_gates_are_proven():
     report = FoldReport(folded={"a": 0.5, "b": 0.25}, kept={}, tolerance=1e-4, proven=("b",))
     assert str(report).splitlines()[1:] == ["  a: folded as 0.500000", "  b: folded as 0.250000, proven"]

@@ -37,6 +37,22 @@ def test_statistics_equal_those_of_all_gate_values_at_once(model):
         assert gate.max == pytest.approx(values.max().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_measured_on_all_images(model, in_place):
+    images, wrapped = torch.randn(10, 3, 32, 32), model
+    wanted = measure_gates(model, images, batch_size=4)
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    with torch.inference_mode():
+        wrapped(images[:4])
+    found = measure_gates(wrapped, images, batch_size=4)
+    assert found == wanted
+    remember_gates(wrapped, found)
+    assert all(gate.measured_gate[0] for gate in gates_of(model).values())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_precisions_whose_rounding_hides_movement_are_refused(model, dtype):
     with pytest.raises(ValueError, match=rf"needs a float32 model, got {dtype}"):

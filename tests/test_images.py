@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,37 @@ def test_a_transparent_colour_is_refused(tmp_path, mode, colour):
     path = saved(tmp_path, "x.png", Image.new(mode, (20, 20)), transparency=colour)
     with pytest.raises(ValueError, match="got mode RGBA"):
         open_picture(path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparency"),
+    [("P", b"\xff\xff"), ("P", 7), ("RGB", (1, 2, 3)), ("L", 7)],
+)
+def test_a_transparent_colour_that_no_pixel_has_is_no_harm(tmp_path, mode, transparency):
+    picture = Image.new("RGB", (20, 20), "white").convert(mode)
+    found = open_picture(saved(tmp_path, "x.png", picture, transparency=transparency))
+    with Image.open(tmp_path / "x.png") as stored:
+        assert "transparency" in stored.info
+    assert found.mode == "RGB" and found.tobytes() == picture.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "x.png: too large for the memory that is left"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+    ],
+)
+def test_what_the_system_lacks_is_no_damage(tmp_path, monkeypatch, error, told):
+    path = saved(tmp_path, "x.png", Image.new("RGB", (20, 20)))
+
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises((ValueError, OSError), match=told) as raised:
+        open_picture(path)
+    assert "damaged" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png"])

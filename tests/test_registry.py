@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 
 import tamzoo  # noqa: F401
-from tamzoo.catalogue import ENTRIES
+from tamzoo.catalogue import BACKBONES, ENTRIES
 from tamzoo.datasets import DATASETS
 from tamzoo.registry import MODELS, find_model
 
@@ -137,11 +137,79 @@ def test_copies_round_trips_and_memory_formats_agree(backbone, attention):
     torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)  # bfloat16 has 8 bits
 
 
-@pytest.mark.parametrize(("asked", "side"), [(2, 16), (4, 8), (8, 4), (32, 4)])
-def test_output_stride_counts_from_the_picture(asked, side):
-    model = timm.create_model("resnet18_tam.cifar10", output_stride=asked, features_only=True)
+@pytest.mark.parametrize(
+    ("name", "asked", "side"),
+    [
+        ("resnet18_tam", 2, 16),
+        ("resnet18_tam", 4, 8),
+        ("resnet18_tam", 8, 4),
+        ("resnet18_tam", 32, 4),
+        ("wrn10_4_tam", 2, 16),
+        ("wrn10_4_tam", 32, 8),
+    ],
+)
+def test_output_stride_counts_from_the_picture(name, asked, side):
+    model = timm.create_model(f"{name}.cifar10", output_stride=asked, features_only=True)
     assert model(torch.randn(1, 3, 32, 32))[-1].shape[-1] == side
     assert model.feature_info.reduction()[-1] == 32 // side
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_pool_and_classifier_come_last(backbone):
+    with torch.device("meta"):
+        model = timm.create_model(f"{backbone}_tam.cifar10")
+    assert [name for name, _ in model.named_children()][-2:] == ["global_pool", "fc"]
+    assert [name for name, _ in model.named_parameters()][-2:] == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize("name", ["resnet18_tam", "resnet20_tam", "wrn10_4_tam"])
+@pytest.mark.parametrize("prune_head", [False, True])
+@pytest.mark.parametrize("last", [1, -1])
+def test_only_what_follows_the_last_wanted_feature_is_pruned(name, prune_head, last):
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    classes, features = model.num_classes, model.forward_intermediates(x, [last], intermediates_only=True)
+    model.prune_intermediate_layers([last], prune_head=prune_head)
+    kept = last == -1 and not prune_head
+    assert model(x).shape[1] == (classes if kept else features[0].shape[1])
+    torch.testing.assert_close(model.forward_intermediates(x, [last], intermediates_only=True), features)
+
+
+@pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
+def test_torch_fx_traces_the_gates_layers(name):
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap's
+def test_gradients_of_each_sample_in_training_are_autograds():
+    model = timm.create_model("resnet20_tam.cifar10", norm_layer="layernorm2d").train()
+    x, labels = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, x, label):
+        logits = torch.func.functional_call(model, parameters, (x[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, labels)
+    torch.nn.functional.cross_entropy(model(x[:1]), labels[:1]).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name][0], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_wide_resnet_groups_its_last_norm_with_its_last_block():
+    model = timm.create_model("wrn10_4_tam")
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    layer = {name: index for index, names in groups.items() for name in names}
+    assert layer["bn2.weight"] == layer["layer3.0.conv2.weight"] < layer["fc.weight"]
+
+
+def test_a_branch_of_a_wide_resnet_that_begins_with_zero_can_learn():
+    block = timm.create_model("wrn10_4_plain", zero_init_last=True).layer1[0]
+    x = torch.randn(2, 16, 8, 8)
+    output = block(x)
+    torch.testing.assert_close(output, block.downsample(x), rtol=0, atol=0)
+    output.square().sum().backward()
+    assert block.conv2.weight.grad.any()
 
 
 @pytest.mark.parametrize("name", ["resnet20_tam", "wrn10_4_tam"])
