@@ -108,7 +108,7 @@ def results_csv() -> str:
 def results_markdown() -> str:
     """The README's table: the entries that were trained, the paper's cell beside ours."""
     heads = "entry", "paper: top-1 error, best epoch of 300", "ours, last epoch", "our training"
-    rows = [(*heads, "static gates", "proven for any picture")]
+    rows: list[tuple[str, ...]] = [(*heads, "static gates", "proven for any picture")]
     for entry in ENTRIES.values():
         row = result_row(entry)
         if row["top1_error"] is not None:

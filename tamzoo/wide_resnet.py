@@ -23,7 +23,7 @@ class PreActBlock(GatedBlock, resnet.BasicBlock):
         self, inplanes: int, planes: int, *args: Any, norm_layer: Any = nn.BatchNorm2d, **kwargs: Any
     ) -> None:
         super().__init__(inplanes, planes, *args, norm_layer=norm_layer, **kwargs)
-        made = {key: kwargs.get(key) for key in ("device", "dtype")}
+        made: dict[str, Any] = {key: kwargs.get(key) for key in ("device", "dtype")}
         self.bn1 = norm_layer(inplanes, **made)
         self.bn2 = norm_layer(self.conv1.out_channels, **made)
 
@@ -33,7 +33,7 @@ class PreActBlock(GatedBlock, resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.conv1(self.act1(self.bn1(x)))
-        x = self.conv2(self.aa(self.act2(self.drop_block(self.bn2(x)))))
+        x = self.conv2(self.aa(self.act2(self.drop_block(self.bn2(x)))))  # pyright: ignore[reportOptionalCall]
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -50,9 +50,10 @@ class WideResNet(ResNet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        made = {key: kwargs.get(key) for key in ("device", "dtype")}
-        self.bn2 = get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d))(self.num_features, **made)
-        self.act2 = get_act_layer(kwargs.get("act_layer", nn.ReLU))(inplace=True)
+        made: dict[str, Any] = {key: kwargs.get(key) for key in ("device", "dtype")}
+        norm_layer: Any = get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d))
+        act_layer: Any = get_act_layer(kwargs.get("act_layer", nn.ReLU))
+        self.bn2, self.act2 = norm_layer(self.num_features, **made), act_layer(inplace=True)
         self.head_last()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
