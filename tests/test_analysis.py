@@ -229,7 +229,10 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_pat
     refused(analyze("resnet20_plain.cifar10", *data, weights="plain"), "has no TAM gates")
     refused(analyze(tam), "pass --data DIR or set TAMZOO_DATA")
     refused(analyze(tam, *data, "--peer", "resnet20_tamm"), "no model 'resnet20_tamm'; nearest: resnet20_tam")
-    refused(analyze(tam, *data, "--peer", "resnet20_scalar.cifar10"), "resnet20_scalar.cifar10 is no")
+    refused(
+        analyze(tam, *data, "--peer", "resnet20_scalar.cifar10"),
+        "no entry 'resnet20_scalar.cifar10'; nearest:",
+    )
     refused(analyze(tam, *data, "--peer", "resnet18_se.cifar10"), "no trained weights yet")
     refused(analyze(tam, *data, "--peer", empty), "expected a finished run")
     twin = finished_run(tmp_path / "twin" / runs["se"].name, "resnet20_se.cifar10")
