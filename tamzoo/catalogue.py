@@ -166,7 +166,7 @@ _PARAMETERS = {
         "tam": 1_198_945,
         "scalar": 1_197_171,
     },
-    "resnet20": {"se": 273_840, "cbam": 275_097, "tam": 273_123},
+    "resnet20": {"plain": 271_824, "se": 273_840, "cbam": 275_097, "tam": 273_123, "scalar": 271_833},
 }
 # ours, beyond the tables: small enough to train on a CPU, and a number in place of each of ResNet-50's gates
 _OURS = (
@@ -176,6 +176,8 @@ _OURS = (
     ("wrn10_4", "scalar", "cifar10"),
     ("wrn10_4", "se", "cifar10"),
     ("wrn10_4", "cbam", "cifar10"),
+    ("resnet20", "plain", "cifar10"),
+    ("resnet20", "scalar", "cifar10"),
     ("resnet20", "se", "cifar10"),
     ("resnet20", "cbam", "cifar10"),
     ("resnet50", "scalar", "cifar100"),
