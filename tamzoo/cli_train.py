@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,9 +13,13 @@ from tamzoo.terminal import Data, RunBar, bar
 
 if TYPE_CHECKING:
     from tamzoo.distributed import World
+    from tamzoo.findings import SweptRun
     from tamzoo.progress import Voice
+    from tamzoo.session import Order
+    from tamzoo.sweep import Variant
 
 Epochs = Annotated[int | None, typer.Option(help="In place of the recipe's.")]
+RecipeRow = Annotated[str, typer.Option("--recipe", help="Recipe row.")]
 Precision = Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: by device).")]
 
 
@@ -43,7 +47,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; with --queue, of the runs.")],
     name: Annotated[str | None, typer.Argument(help="Entry, for instance resnet18_tam.cifar10.")] = None,
     data: Data = None,
-    recipe: Annotated[str, typer.Option(help="Recipe row.")] = "short",
+    recipe: RecipeRow = "short",
     epochs: Epochs = None,
     seed: int = 0,
     precision: Precision = None,
@@ -97,14 +101,19 @@ def train(
         train_entries(folders, order, data, time_budget, world, voice)
 
 
+Runs = Annotated[Path, typer.Option("--out", help="Folder of the runs, of sweep.json and of the pictures.")]
+Backbone = Annotated[str, typer.Option("--model", help="Backbone, for instance resnet20.")]
+Tag = Annotated[str, typer.Option(help="Data set.")]
+
+
 @sweep.command()
 def group_size(
-    out: Annotated[Path, typer.Option(help="Folder of the runs, of sweep.json and of the pictures.")],
+    out: Runs,
     sizes: Annotated[list[int] | None, typer.Argument(help="Default: 2 4 8 16 32 64.", min=2)] = None,
-    model: Annotated[str, typer.Option(help="Backbone, for instance resnet20.")] = "resnet20",
-    tag: Annotated[str, typer.Option(help="Data set.")] = "cifar10",
+    model: Backbone = "resnet20",
+    tag: Tag = "cifar10",
     data: Data = None,
-    recipe: Annotated[str, typer.Option(help="Recipe row.")] = "short",
+    recipe: RecipeRow = "short",
     epochs: Epochs = None,
     seed: int = 0,
     precision: Precision = None,
@@ -112,19 +121,61 @@ def group_size(
     compile: Compile = None,
 ) -> None:
     """Train TAM once a group size and draw the errors (the paper's Figure 2); ended runs are not repeated."""
-    from tamzoo.plots import check_matplotlib
-    from tamzoo.plots_analysis import plot_sweep
+    from tamzoo.plots_analysis import plot_group_sizes
     from tamzoo.session import Order
-    from tamzoo.sweep import GROUP_SIZES, sweep_group_sizes
+    from tamzoo.sweep import GROUP_SIZES, group_sizes
+
+    order = Order(recipe=recipe, epochs=epochs, precision=precision, compiled=compile)
+    variants = group_sizes(f"{model}_tam.{tag}", sizes or GROUP_SIZES, seed)
+    _sweep(variants, order, data, out, time_budget, plot_group_sizes)
+
+
+@sweep.command()
+def attention(
+    out: Runs,
+    names: Annotated[list[str] | None, typer.Argument(help="Default: plain scalar tam.")] = None,
+    model: Backbone = "resnet20",
+    tag: Tag = "cifar10",
+    seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...", min=2)] = 3,
+    data: Data = None,
+    recipe: RecipeRow = "short",
+    epochs: Epochs = None,
+    precision: Precision = None,
+    time_budget: Budget = float("inf"),
+    compile: Compile = None,
+) -> None:
+    """Train a backbone with each attention, once a seed: does it lower the error by more than chance?
+
+    Ended runs are not repeated.
+    """
+    from tamzoo.plots_analysis import plot_seeds
+    from tamzoo.session import Order
+    from tamzoo.sweep import attentions, summary
+
+    order = Order(recipe=recipe, epochs=epochs, precision=precision, compiled=compile)
+    variants = attentions(model, names or ("plain", "scalar", "tam"), tag, seeds)
+    for line in summary(_sweep(variants, order, data, out, time_budget, plot_seeds)):
+        print(line)
+
+
+def _sweep(
+    variants: list[Variant],
+    order: Order,
+    data: Path | None,
+    out: Path,
+    time_budget: float,
+    draw: Callable[[list[SweptRun], Path], None],
+) -> list[SweptRun]:
+    from tamzoo.plots import check_matplotlib
+    from tamzoo.sweep import sweep as sweep_through
 
     check_matplotlib()
-    order = Order(recipe=recipe, epochs=epochs, seed=seed, precision=precision, compiled=compile)
-    name = f"{model}_tam.{tag}"
     with _session() as (world, voice):
-        found = sweep_group_sizes(name, sizes or GROUP_SIZES, order, data, out, time_budget, world, voice)
+        found = sweep_through(variants, order, data, out, time_budget, world, voice)
         for path in (out / "sweep.png", out / "sweep.svg") if found else ():
-            plot_sweep(found, path)
+            draw(found, path)
             voice.say(str(path))
+    return found
 
 
 @contextmanager

@@ -157,10 +157,10 @@ def read_analysis(path: Path) -> Analysis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweptSize:
-    """One run of a sweep over group sizes, or that of the network without attention."""
+class SweptRun:
+    """One run of a sweep."""
 
-    group_size: int | None  # None: no attention
+    group_size: int | None  # None: the entry's own, if any
     entry: str
     recipe: str
     epochs: int

@@ -5,9 +5,10 @@ from dataclasses import replace
 from math import ceil, floor, log10
 from operator import attrgetter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from tamzoo.findings import Analysis, Spread, SweptSize
+from tamzoo.findings import Analysis, Spread, SweptRun
 from tamzoo.plots import (
     COLOURS,
     GREY,
@@ -138,7 +139,7 @@ def plot_straightened(analysis: Analysis, out: Path) -> None:
     save(figure, out)
 
 
-def plot_sweep(runs: Sequence[SweptSize], out: Path) -> None:
+def plot_group_sizes(runs: Sequence[SweptRun], out: Path) -> None:
     """Draws the errors against the group size, and those without attention (as the paper's Figure 2)."""
     figure, (upper, lower) = canvas(out, rows=2)
     sizes = [run for run in runs if run.group_size]
@@ -157,6 +158,20 @@ def plot_sweep(runs: Sequence[SweptSize], out: Path) -> None:
     lower.set_xlabel("group size g")
     upper.set_title(f"{sizes[0].entry}, {sizes[0].epochs} epochs, last epoch, seed {sizes[0].seed}")
     upper.legend(frameon=False)
+    save(figure, out)
+
+
+def plot_seeds(runs: Sequence[SweptRun], out: Path) -> None:
+    """Draws the top-1 error of every run over its entry, and a bar at each entry's mean."""
+    figure, axes = canvas(out)
+    entries = list(dict.fromkeys(run.entry for run in runs))
+    for place, entry in enumerate(entries):
+        errors = [run.top1_error for run in runs if run.entry == entry]
+        axes.plot([place] * len(errors), errors, "o", color=COLOURS[5], alpha=0.6)
+        axes.plot(place, mean(errors), "_", color=COLOURS[0], markersize=30)
+    axes.set(ylabel="top-1 error (%)", xlim=(-0.5, len(entries) - 0.5))
+    axes.set_xticks(range(len(entries)), entries)
+    axes.set_title(f"{runs[0].epochs} epochs, last epoch; a point a seed, a bar at the mean")
     save(figure, out)
 
 

@@ -1,11 +1,11 @@
-"""One training run a group size (paper, Figure 2)."""
+"""One training run a value of a setting: group sizes (paper, Figure 2), or attentions and seeds."""
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
 
 import timm
 import torch
@@ -14,71 +14,119 @@ from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import write_whole
 from tamzoo.distributed import World
-from tamzoo.findings import SweptSize
+from tamzoo.findings import SweptRun
 from tamzoo.gates import gates_of
 from tamzoo.progress import Voice
 from tamzoo.records import Record, read_record
+from tamzoo.registry import find_entry
 from tamzoo.session import Order, train_entries
 
 GROUP_SIZES = (2, 4, 8, 16, 32, 64)  # of the paper
 
 
-def sweep_group_sizes(
-    name: str,
-    sizes: Sequence[int],
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A run that a sweep is to make."""
+
+    folder: str
+    entry: str
+    seed: int
+    group_size: int | None = None  # None: the entry's own, if any
+
+
+def group_sizes(name: str, sizes: Sequence[int], seed: int) -> list[Variant]:
+    """An entry once a group size, then without attention.
+
+    Where a group size does not divide a gate's channels, that gate's tree is one convolution over them all.
+
+    Args:
+        name: An entry with TAM.
+        sizes: Each at least 2.
+    Raises:
+        ValueError: no such entry.
+    """
+    if name not in ENTRIES or ENTRIES[name].attention != "tam":
+        raise ValueError(f"{name}: expected an entry with TAM. All names: tamzoo list '*_tam.*'")
+    plain = replace(ENTRIES[name], attention="plain").name
+    return [
+        *(
+            Variant(folder=f"group_size_{size}", entry=name, seed=seed, group_size=size)
+            for size in sorted(set(sizes))
+        ),
+        Variant(folder="plain", entry=plain, seed=seed),
+    ]
+
+
+def attentions(backbone: str, names: Sequence[str], tag: str, seeds: int) -> list[Variant]:
+    """A backbone with each attention, once a seed from 0 on; all of a seed before the next one.
+
+    Raises:
+        ValueError: the catalogue has no such row, or fewer than two seeds.
+    """
+    if seeds < 2:
+        raise ValueError(f"seeds must be at least 2, for a spread, got {seeds}")
+    entries = [find_entry(f"{backbone}_{name}.{tag}").name for name in dict.fromkeys(names)]
+    return [
+        Variant(folder=f"{entry}-seed-{seed}", entry=entry, seed=seed)
+        for seed in range(seeds)
+        for entry in entries
+    ]
+
+
+def sweep(
+    variants: Sequence[Variant],
     order: Order,
     data: Path | None,
     out: Path,
     time_budget: float,
     world: World,
     voice: Voice,
-) -> list[SweptSize]:
-    """Trains an entry once a group size, then without attention; ended runs are not repeated, others go on.
-
-    Where a group size does not divide a gate's channels, that gate's tree is one convolution over them all.
-    Without attention nothing is trained where the catalogue has no such row.
+) -> list[SweptRun]:
+    """Trains each variant; ended runs are not repeated, others go on.
 
     Args:
-        name: An entry with TAM.
-        sizes: Each at least 2.
-        order: The same for all runs.
-        out: Holds a folder for each run, `group_size_2` and so on and `plain`, and `sweep.json`.
+        order: The same for all runs, but for what a variant says.
+        out: Holds the folders of the runs, and `sweep.json`.
         time_budget: Seconds of wall time, from now.
     Returns:
-        The runs that have ended, by group size, the one without attention last.
+        The runs that have ended, in the variants' order.
     Raises:
-        ValueError: no such entry, a group size below 2, or a folder that holds another run.
+        ValueError: a group size below 2, or a folder that holds another run.
     """
-    if name not in ENTRIES or ENTRIES[name].attention != "tam":
-        raise ValueError(f"{name}: expected an entry with TAM. All names: tamzoo list '*_tam.*'")
     started, found = time.monotonic(), []
-    plain = replace(ENTRIES[name], attention="plain").name
-    for size in [*sorted(set(sizes)), *([None] if plain in ENTRIES else [])]:
-        folder, trained, model_args = out / "plain", plain, {}
+    for variant in variants:
+        folder, size = out / variant.folder, variant.group_size
+        model_args = {"group_size": size} if size else {}
+        with torch.device("meta"):
+            gates = gates_of(timm.create_model(variant.entry, **model_args)).values()
+        single = sum(len(gate.tree) == 1 for gate in gates)
         if size:
-            folder, trained, model_args = out / f"group_size_{size}", name, {"group_size": size}
-        gates, single = _trees(trained, model_args)
-        if size:
-            voice.say(f"group size {size}: {single} of {gates} trees are one convolution over all channels")
-        ordered = replace(order, model_args=model_args, resume=True)
+            voice.say(
+                f"group size {size}: {single} of {len(gates)} trees are one convolution over all channels"
+            )
+        ordered = replace(order, seed=variant.seed, model_args=model_args, resume=True)
         left = time_budget - (time.monotonic() - started)
-        if not train_entries({trained: folder}, ordered, data, left, world, voice):
+        if not train_entries({variant.entry: folder}, ordered, data, left, world, voice):
             break
         if world.first:
-            found.append(_swept(read_record(folder / "record.json"), size, gates, single))
+            found.append(_swept(read_record(folder / "record.json"), size, len(gates), single))
             write_whole(out / "sweep.json", json.dumps([asdict(row) for row in found], indent=2) + "\n")
     return found
 
 
-def _trees(name: str, model_args: dict[str, Any]) -> tuple[int, int]:
-    """How many gates of TAM the entry has, and how many of their trees are one convolution."""
-    with torch.device("meta"):
-        gates = gates_of(timm.create_model(name, **model_args)).values()
-    return len(gates), sum(len(gate.tree) == 1 for gate in gates)
+def summary(runs: Sequence[SweptRun]) -> list[str]:
+    """For each entry its runs' mean top-1 error, with the standard deviation of a sample over its seeds."""
+    lines = []
+    for entry in dict.fromkeys(run.entry for run in runs):
+        errors = [run.top1_error for run in runs if run.entry == entry]
+        spread = f", standard deviation {stdev(errors):.2f}" if len(errors) > 1 else ""
+        each = ", ".join(f"{error:.2f}" for error in errors)
+        lines.append(f"{entry}: top-1 error {mean(errors):.2f} %{spread} ({each})")
+    return lines
 
 
-def _swept(record: Record, size: int | None, gates: int, single: int) -> SweptSize:
-    return SweptSize(
+def _swept(record: Record, size: int | None, gates: int, single: int) -> SweptRun:
+    return SweptRun(
         group_size=size,
         entry=record.entry,
         recipe=record.recipe["name"],

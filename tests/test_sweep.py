@@ -10,13 +10,14 @@ import torch
 
 from tamzoo.checkpoint import sha256_of
 from tamzoo.distributed import World
-from tamzoo.findings import SweptSize
+from tamzoo.findings import SweptRun
 from tamzoo.gates import gates_of
 from tamzoo.progress import Voice
 from tamzoo.records import read_record
 from tamzoo.session import Order
 from tamzoo.subjects import subject
-from tamzoo.sweep import GROUP_SIZES, sweep_group_sizes
+from tamzoo.sweep import GROUP_SIZES, attentions, group_sizes, summary
+from tamzoo.sweep import sweep as sweep_through
 from tests.tiny_runs import random_split
 
 NAME = "resnet20_tam.cifar10"
@@ -24,23 +25,32 @@ ORDER = Order(recipe="short-cpu", epochs=1)
 
 
 @pytest.fixture
-def sweep(tmp_path, monkeypatch):
-    """Sweeps on twenty random images: what was found, and what was said."""
+def trained_through(tmp_path, monkeypatch):
+    """Trains variants on twenty random images."""
     monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(20, 0))
+
+    def run(variants, order, budget=math.inf, say=print):
+        world, voice = World(device=torch.device("cpu")), Voice(say=say)
+        return sweep_through(variants, order, tmp_path, tmp_path / "out", budget, world, voice)
+
+    return run
+
+
+@pytest.fixture
+def sweep(trained_through):
+    """Sweeps over group sizes: what was found, and what was said."""
 
     def run(*sizes, order=ORDER, budget=math.inf, name=NAME):
         said = []
-        world, voice = World(device=torch.device("cpu")), Voice(say=said.append)
-        found = sweep_group_sizes(name, sizes, order, tmp_path, tmp_path / "out", budget, world, voice)
-        return found, said
+        return trained_through(group_sizes(name, sizes, order.seed), order, budget, said.append), said
 
     return run
 
 
 def test_every_run_has_its_group_size_and_says_it(sweep, tmp_path):
     found, said = sweep(32, 2)
-    assert [row.group_size for row in found] == [2, 32]
-    for row in found:
+    assert [row.group_size for row in found] == [2, 32, None]
+    for row in found[:2]:
         folder = tmp_path / "out" / f"group_size_{row.group_size}"
         for name in ("run.json", "record.json"):
             assert json.loads((folder / name).read_text())["model_args"] == {"group_size": row.group_size}
@@ -52,7 +62,7 @@ def test_every_run_has_its_group_size_and_says_it(sweep, tmp_path):
         gates = gates_of(subject(str(folder)).load()).values()
         assert {gate.group_size for gate in gates} == {row.group_size}
     stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [SweptSize(**row) for row in stored] == found
+    assert [SweptRun(**row) for row in stored] == found
     assert 0 < found[0].static < 9 and found[1].static == 0
     # 32 exceeds the first stage's 16 channels, equals the second's 32 and halves the third's 64
     assert (found[1].gates, found[1].single, found[0].single) == (9, 6, 0)
@@ -65,7 +75,7 @@ def test_runs_that_ended_are_not_repeated_and_others_go_on(sweep, tmp_path):
     before = weights.stat().st_mtime_ns
     assert sweep(2, 4, budget=0.0)[0] == []  # no time even to look
     found, said = sweep(2, 4)
-    assert [row.group_size for row in found] == [2, 4] and weights.stat().st_mtime_ns == before
+    assert [row.group_size for row in found] == [2, 4, None] and weights.stat().st_mtime_ns == before
     assert any(line.startswith(f"{NAME}: done") for line in said)
 
 
@@ -78,7 +88,37 @@ def test_the_network_without_attention_is_trained_alike(sweep, tmp_path):
     records = [read_record(tmp_path / "out" / name / "record.json") for name in ("group_size_64", "plain")]
     assert records[0].recipe == records[1].recipe and records[1].model_args == {}
     stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [SweptSize(**row) for row in stored] == found
+    assert [SweptRun(**row) for row in stored] == found
+
+
+def test_every_attention_is_trained_with_every_seed(trained_through, tmp_path):
+    variants = attentions("resnet20", ["tam", "plain"], "cifar10", 2)
+    assert [(variant.entry, variant.seed) for variant in variants] == [
+        ("resnet20_tam.cifar10", 0),
+        ("resnet20_plain.cifar10", 0),
+        ("resnet20_tam.cifar10", 1),
+        ("resnet20_plain.cifar10", 1),
+    ]
+    found = trained_through(variants, ORDER)
+    assert len({row.sha256 for row in found}) == 4
+    for variant, row in zip(variants, found, strict=True):
+        record = read_record(tmp_path / "out" / variant.folder / "record.json")
+        assert (record.entry, record.seed, record.sha256) == (row.entry, row.seed, row.sha256)
+        assert (row.entry, row.seed) == (variant.entry, variant.seed)
+        assert row.group_size is None and record.model_args == {}
+    assert [row.gates for row in found] == [9, 0, 9, 0] and found[0].static > 0
+    one = replace(found[0], top1_error=10.0)
+    assert summary([one, found[1], replace(one, top1_error=11.0), replace(one, top1_error=13.0)]) == [
+        "resnet20_tam.cifar10: top-1 error 11.33 %, standard deviation 1.53 (10.00, 11.00, 13.00)",
+        f"resnet20_plain.cifar10: top-1 error {found[1].top1_error:.2f} % ({found[1].top1_error:.2f})",
+    ]
+
+
+def test_attentions_without_a_row_or_a_spread_are_refused():
+    with pytest.raises(ValueError, match="no entry 'resnet18_scalar.cifar10'"):
+        attentions("resnet18", ["plain", "scalar"], "cifar10", 3)
+    with pytest.raises(ValueError, match="seeds must be at least 2, for a spread, got 1"):
+        attentions("resnet20", ["plain"], "cifar10", 1)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +169,39 @@ def test_the_command_draws_error_against_group_size(tmp_path, monkeypatch):
     assert found.exit_code == 2
 
 
+def test_the_command_tells_and_draws_errors_over_seeds(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from typer.testing import CliRunner
+
+    from tamzoo.cli import app
+
+    monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(20, 0))
+    options = [
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--recipe",
+        "short-cpu",
+        "--epochs",
+        "1",
+    ]
+    found = CliRunner().invoke(app, ["sweep", "attention", "--seeds", "2", *options])
+    assert found.exit_code == 0, found.output
+    rows = [SweptRun(**row) for row in json.loads((tmp_path / "out" / "sweep.json").read_text())]
+    assert [row.entry for row in rows] == [
+        f"resnet20_{name}.cifar10" for name in ("plain", "scalar", "tam")
+    ] * 2
+    assert found.output.splitlines()[-3:] == summary(rows)
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "sweep.svg").is_file()
+    found = CliRunner().invoke(app, ["sweep", "attention", "--seeds", "1", *options])
+    assert found.exit_code == 2
+
+
 def test_what_export_tells_of_group_sizes_is_what_the_records_hold():
     export = Path(__file__).parent.parent / "export"
-    rows = [SweptSize(**row) for row in json.loads((export / "group_size_runs/sweep.json").read_text())]
+    rows = [SweptRun(**row) for row in json.loads((export / "group_size_runs/sweep.json").read_text())]
     assert [row.group_size for row in rows] == [*GROUP_SIZES, None]
     for row in rows:
         folder = f"group_size_{row.group_size}" if row.group_size else "plain"
