@@ -32,8 +32,8 @@ def library() -> ctypes.CDLL | None:
     try:
         command = shlex.split(given) or [shutil.which("c++") or shutil.which("g++") or "c++"]
         return ctypes.CDLL(str(_build(command, cache_folder() / "kernels")))
-    # a RuntimeError of a user without a home, a ValueError of a quote in CXX that does not end
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+    # a ValueError of a user without a home, or of a quote in CXX that does not end
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         logger.warning(
             "training TAM layer by layer, which is slower: its kernels cannot be built with %s (%s)",
