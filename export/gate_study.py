@@ -24,7 +24,7 @@ from tamzoo.backbones import GatedBlock
 from tamzoo.card_texts import table
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import write_whole
-from tamzoo.data import Split, load_split, normalise
+from tamzoo.data import Split, data_directory, load_split, normalise
 from tamzoo.evaluate import evaluate
 from tamzoo.fold import reparameterize_model
 from tamzoo.gates import gates_of, measure_gates, remember_gates
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m export.gate_study")
     commands = parser.add_subparsers(required=True, dest="command")
     train = commands.add_parser("run")
-    train.add_argument("--data", type=Path, required=True)
+    train.add_argument("--data", type=Path, help="default: $TAMZOO_DATA")
     train.add_argument("--out", type=Path, required=True)
     train.add_argument("--only", nargs="+", help="names of settings", choices=[s.name for s in SETTINGS])
     train.add_argument("--epochs", type=int, default=10)
@@ -214,7 +214,8 @@ def run_all(options: argparse.Namespace) -> None:
     if options.images < 2 or options.train_images < 1 or options.epochs < 1:
         raise ValueError("expected --images of at least 2, and --train-images and --epochs of at least 1")
     dataset = ENTRIES["resnet20_tam.cifar10"].dataset
-    whole, test = (load_split(options.data, dataset, split) for split in ("train", "test"))
+    directory = data_directory(options.data)
+    whole, test = (load_split(directory, dataset, split) for split in ("train", "test"))
     train_split = whole.first(options.train_images)
     options.out.mkdir(parents=True, exist_ok=True)
     for setting in SETTINGS:

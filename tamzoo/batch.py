@@ -94,14 +94,8 @@ def run_job(job: Job, engine: Engine) -> Summary:
     began, predicted, model_s = time.perf_counter(), 0, 0.0
     if not _is_finished(job):
         with _own_folder(job):
-            for part, found in engine(job.pending()):
-                assert len(found.table) == part.n
-                with _keeping(job), whole_file(job.file_of(part)) as file:
-                    parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
-                predicted += part.n
-                model_s += found.model_s
-            with _keeping(job):
-                _merge(job)
+            if not _is_finished(job):  # by another call, before this one had the folder
+                predicted, model_s = _finish(job, engine)
     with suppress(OSError):  # it is only in the way; what is not ours stays, and the folder with it
         for left in _left_in(job.folder):
             left.unlink()
@@ -116,6 +110,20 @@ def run_job(job: Job, engine: Engine) -> Summary:
         seconds=seconds,
         model_share=model_s / (engine.workers * seconds),
     )
+
+
+def _finish(job: Job, engine: Engine) -> tuple[int, float]:
+    """Predicts the parts that are pending and writes the output; how many rows, and seconds in the model."""
+    predicted, model_s = 0, 0.0
+    for part, found in engine(job.pending()):
+        assert len(found.table) == part.n
+        with _keeping(job), whole_file(job.file_of(part)) as file:
+            parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
+        predicted += part.n
+        model_s += found.model_s
+    with _keeping(job):
+        _merge(job)
+    return predicted, model_s
 
 
 def check_output(out: Path) -> None:

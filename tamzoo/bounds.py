@@ -285,6 +285,7 @@ def _affine(x: _Region, layer: nn.Conv2d | None, norm: _BatchNorm | None) -> _Re
         bias = layer.bias.double()
     middle, reach, terms = (x.low + x.high) / 2, (x.high - x.low) / 2, weight[0].numel() + 1
     size = conv2d(middle.abs() + reach + FAINT, weight.abs() + FAINT, bias.abs() + FAINT, *how)
+    _check_range(size)  # before LAPACK sees a NaN
     if norm is not None:
         assert norm.running_mean is not None and norm.running_var is not None
         mean, factor = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)

@@ -64,7 +64,7 @@ def _earlier(record: Record) -> Iterable[str]:
 def _commands(record: Record) -> Iterable[str]:
     """What repeats each run: where one began with another's weights, DIR1 is the other's folder."""
     for index, run in enumerate(record.runs):
-        out = f"DIR{index + 1}" if record.start else "DIR"
+        out = f"DIR{index + 1}" if record.start else f"runs/{run.entry}"
         start = f" --initial-checkpoint DIR{index}" if run.start else ""
         yield (
             f"tamzoo train {run.entry} --recipe {run.recipe.get('name', '')} --epochs {run.epochs} "

@@ -76,12 +76,14 @@ def check_output_file(path: Path) -> None:
     """Sees that a file can have this name, before there is any work.
 
     Raises:
-        ValueError: no such folder, or a folder itself.
+        ValueError: no such folder, one that may not be written to, or a folder itself.
     """
     if path.is_dir():
         raise ValueError(f"{path}: expected the name of a file, found a folder")
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: you may not write to {path.parent.resolve()}")
 
 
 def check_weights_file(path: Path, sha256: str | None = None) -> None:
@@ -164,10 +166,25 @@ def model_arguments(weights: Path) -> dict[str, Any]:
     with safe_open(weights, framework="pt") as file:
         head = "fc.bias" in file.keys()  # noqa: SIM118
         arguments = {"num_classes": file.get_tensor("fc.bias").numel()} if head else {}
+    record = record_beside(weights)
+    return arguments | (record.model_args if record else {})
+
+
+def told_entry(weights: Path) -> str | None:
+    """The `architecture.tag` that a safetensors file says it is of, where it says so, as exported ones do."""
+    with safe_open(weights, framework="pt") as file:
+        return (file.metadata() or {}).get("architecture")
+
+
+def record_beside(weights: Path) -> Record | None:
+    """The record in a weights file's folder, where it is of these very weights.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     path = weights.parent / "record.json"
-    if path.is_file() and (record := read_record(path)).sha256 == sha256_of(weights):
-        arguments |= record.model_args
-    return arguments
+    record = read_record(path) if path.is_file() else None
+    return record if record and record.sha256 == sha256_of(weights) else None
 
 
 def load_weights(model: nn.Module, path: Path, name: str, *, head: bool = True) -> None:

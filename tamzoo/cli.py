@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import signal
 import sys
 import warnings
 from io import TextIOWrapper
@@ -167,5 +168,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, of what is answered
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that nothing half-written stays
     with one_sentence():
         app()

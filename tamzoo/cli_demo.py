@@ -19,10 +19,11 @@ def demo() -> None:
     from tamzoo.data import darkest_and_brightest, normalise
     from tamzoo.gates import measure_gates
     from tamzoo.images import random_crops, shipped_pictures
-    from tamzoo.onnx_export import export_entry, metadata_of, open_session
+    from tamzoo.onnx_export import export_entry, metadata_of, onnx_libraries, open_session
     from tamzoo.predict import onnx_classifier, torch_classifier
     from tamzoo.predict import predict as classify
 
+    onnx_libraries()  # before half of the demo is done
     began = time.monotonic()
     model, full, dataset = load_model(DEMO_ENTRY)
     print(f"1. {full}, a {dataset.title} model, on pictures that it has never seen:")

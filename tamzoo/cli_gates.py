@@ -24,7 +24,7 @@ from tamzoo.terminal import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def gates(
@@ -39,12 +39,11 @@ def gates(
     from dataclasses import asdict
 
     from tamzoo.data import darkest_and_brightest, normalise
-    from tamzoo.gates import gates_of, measure_gates
+    from tamzoo.gates import measure_gates
 
     place = device_called(device)
     model, full, dataset = load_model(name, weights)
-    if not gates_of(model):
-        raise ValueError(f"{full} has no TAM gates; expected a model named *_tam")
+    _check_gates(model, full)
     pixels, told = test_pixels(data, dataset, images)
     found = measure_gates(
         model.to(place),
@@ -55,6 +54,13 @@ def gates(
         print(json.dumps([asdict(gate) for gate in found], indent=2))
     else:
         print_gates(found, told)
+
+
+def _check_gates(model: nn.Module, name: str) -> None:
+    from tamzoo.gates import gates_of
+
+    if not gates_of(model):
+        raise ValueError(f"{name} has no TAM gates; expected a model named *_tam")
 
 
 def freeze_gates(
@@ -82,8 +88,11 @@ def freeze_gates(
     from tamzoo.recipes import recipe_for
 
     check_output_file(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"{output}: expected an output that ends in .safetensors")
     place = device_called(device)
     model, full, dataset = load_model(name, weights)
+    _check_gates(model, full)
     model.to(place)
     folder = data_directory(data)
     train, test = (load_split(folder, dataset, split, bar).to(place) for split in ("train", "test"))
@@ -111,11 +120,11 @@ def freeze_gates(
     if frozen:
         rows.append(scored("gates frozen"))
     update_bn(augmented(), model)
-    save_measured(output, model, full, plain)
+    stored = save_measured(output, model, full, plain)
     rows.append(scored("BatchNorm measured anew, as stored"))
     columns = ("weights", "top-1 error %", "top-5 error %", "loss")
     table(f"{full} on {len(test)} {dataset.title} test images", columns, rows)
-    for gate in measured:
-        told = f"frozen as {gate.mean:.6f}" if gate.name in frozen else "left as it is"
+    for gate, now in zip(measured, stored, strict=True):
+        told = f"frozen as {now.mean:.6f}" if gate.name in frozen else f"left; as stored {now.width:.1e}"
         print(f"  {gate.name}: width {gate.width:.1e} over {gate.n} training images, {told}")
     print(f"{output}: {len(frozen)} of {len(measured)} gates frozen")

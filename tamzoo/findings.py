@@ -144,7 +144,7 @@ class Analysis:
         try:
             found = json.loads(text)
             return cls(**found | {key: [row(**each) for each in found[key]] for key, row in rows.items()})
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not an analysis: {error}") from error
 
 

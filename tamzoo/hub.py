@@ -3,6 +3,7 @@
 import hashlib
 from json import JSONDecodeError
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -105,12 +106,18 @@ def _discard(path: Path, entry: Entry) -> str:
     )
 
 
+def without_user(url: str) -> str:
+    """The same URL, fit to be shown: without a user's name and password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def explain(error: BaseException, repo: str, revision: str | None = None, endpoint: str | None = None) -> str:
     """What went wrong at the Hub and the way out, in one sentence without its subject."""
     cause = error
     while isinstance(cause, LocalEntryNotFoundError | RuntimeError) and cause.__cause__ is not None:
         cause = cause.__cause__  # these wrap what happened on the network
-    endpoint = endpoint or constants.ENDPOINT
+    endpoint = without_user(endpoint or constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError | ValueError):
         return f"{repo} is not in the cache and HF_HUB_OFFLINE is set; unset it once to download"
     for kind, text in {

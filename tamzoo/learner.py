@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from tamzoo.augment import augment, draw, shrink
 from tamzoo.backbones import blocks_of
 from tamzoo.block_end import join_ends
-from tamzoo.cache import cache_folder
+from tamzoo.cache import program_folder
 from tamzoo.catalogue import Entry
 from tamzoo.checkpoint import load_weights
 from tamzoo.data import Split
@@ -90,7 +90,7 @@ class Learner:
         self._forward = self._full_forward = world.spread(self.model)
         if compiled != "no":
             torch.compiler.reset()  # it gives up at the ninth model of one class
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(program_folder("inductor")))
         if compiled == "model":
             torch._dynamo.config.recompile_limit = MOST_GRAPHS  # SyncBatchNorm breaks it into many
             self._full_forward = torch.compile(self._forward, dynamic=False)

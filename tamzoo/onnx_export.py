@@ -68,7 +68,7 @@ def onnx_libraries() -> tuple[Any, Any]:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as error:
-        raise ValueError(f"ONNX export needs {error.name}; pip install 'tamzoo[export]'") from error
+        raise ValueError(f"ONNX needs {error.name}; pip install 'tamzoo[export]'") from error
     return onnx, onnxruntime
 
 

@@ -1,5 +1,6 @@
 """Pictures of what was measured; they need matplotlib (`tamzoo[plots]`)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X"
 KINDS = (".png", ".svg", ".pdf")
 GREY = "0.45"
+
+logger = logging.getLogger(__name__)
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -37,17 +40,27 @@ def plot_error(runs: Sequence[Path], out: Path) -> None:
 
     Args:
         runs: Folders of training runs; lines are named after them, with their paths where names repeat.
+            Those whose first epoch has not ended are left out.
         out: .png, .svg or .pdf.
     Raises:
         ValueError: no matplotlib, a folder without a log, no place for the picture, or another kind of it.
     """
     check_matplotlib()
     check_output_file(out)
+    begun = [run for run in runs if not (run / "log.csv").exists() and (run / "run.json").is_file()]
+    runs = [run for run in runs if run not in begun] or runs
+    for run in begun:
+        logger.warning("%s: no epoch has ended yet; left out", run)
     errors = [[row["test_top1_error"] for row in read_log(run)] for run in runs]
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = list(map(str, runs))
     plot_curves([Curve(model=name, top1_errors=row) for name, row in zip(names, errors, strict=True)], out)
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib shows as it is, not as a formula."""
+    return text.replace("$", r"\$")
 
 
 def plot_curves(curves: Sequence[Curve], out: Path) -> None:
@@ -60,7 +73,7 @@ def plot_curves(curves: Sequence[Curve], out: Path) -> None:
             errors,
             **line_style(index),
             marker="o" if len(errors) == 1 else None,
-            label=f"{curve.model}: {errors[-1]:.2f} %" if errors else curve.model,
+            label=literal(f"{curve.model}: {errors[-1]:.2f} %" if errors else curve.model),
         )
     axes.set(xlabel="epoch", ylabel="top-1 error on the test split (%)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -16,6 +16,7 @@ from tamzoo.plots import (
     canvas,
     legend_below,
     line_style,
+    literal,
     mark_stages,
     plot_curves,
     plot_gates,
@@ -55,7 +56,7 @@ def plot_spreads(spreads: Sequence[Spread], out: Path) -> None:
             )
         axes.axhline((FLAT_ROW - 12) / 2, color=GREY, linewidth=0.8, linestyle=":")
         several = [same for _, same in panels].count(kind) > 1
-        axes.set_title(f"{kind}\n{model}" if several else kind)
+        axes.set_title(f"{kind}\n{literal(model)}" if several else kind)
         axes.set(
             xlabel=f"mean over {'channels' if rows[0].over_channels else 'positions'}", xlim=(-0.02, 1.02)
         )
@@ -185,7 +186,7 @@ def plot_weights(analysis: Analysis, out: Path) -> None:
             [row.variance for row in rows],
             **line_style(index),
             marker=MARKERS[index % len(MARKERS)],
-            label=model,
+            label=literal(model),
         )
     ends = [log10(choose(row.variance for row in analysis.weights)) for choose in (min, max)]
     axes.set(xlabel="block", ylabel="variance of convolution weights", yscale="log")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, isfinite
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -247,6 +247,10 @@ def _weights_of(path: Path) -> str:
     beside = {
         item.value for tensor in graph.initializer for item in tensor.external_data if item.key == "location"
     }
+    for name in beside:
+        where = PurePath(name)
+        if where.is_absolute() or ".." in where.parts or not (path.parent / where).is_file():
+            raise ValueError(f"{path}: expected its weights in a file beside it, not in {name!r}")
     return "".join(sha256_of(file) for file in (path, *(path.parent / name for name in sorted(beside))))
 
 

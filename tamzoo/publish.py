@@ -10,7 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from tamzoo.catalogue import HUB_OWNER
 from tamzoo.checkpoint import WEIGHTS
-from tamzoo.hub import HUB_ERRORS, LOGIN, explain, hash_like, listing
+from tamzoo.hub import HUB_ERRORS, LOGIN, explain, hash_like, listing, without_user
 from tamzoo.staging import Staged
 from tamzoo.weights import TAG
 
@@ -92,7 +92,7 @@ def publish(
         deleted = sorted(present.keys() - staged.files.keys())
         done = Published(
             repo_id=repo_id,
-            url=f"{api.endpoint}/{repo_id}",
+            url=f"{without_user(api.endpoint)}/{repo_id}",
             uploaded=uploaded,
             deleted=deleted,
             tag=None if tagged or create_pr else TAG,

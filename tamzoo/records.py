@@ -115,7 +115,7 @@ class Record:
         """Raises ValueError where the text is not a record."""
         try:
             return cls._from_dict(json.loads(text))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a training record: {error}") from error
 
     @classmethod
@@ -123,6 +123,9 @@ class Record:
         for key, kind in {"entry": str, "sha256": str, "recipe": dict}.items():
             if not isinstance(found[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
+        arguments: dict[str, Any] = found.get("model_args", {})
+        if arguments.keys() - {"group_size"} or not all(isinstance(size, int) for size in arguments.values()):
+            raise TypeError(f"model_args may tell a group_size, a number, and no more; found {arguments}")
         found["score"] = Score(**found["score"])
         found["gates"] = [GateStats(**gate) for gate in found["gates"]]
         if found.get("start"):

@@ -98,13 +98,14 @@ def _check_source(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None
         ValueError: the file is damaged, or not the catalogue's.
         OSError: the Hub's file cannot be had.
     """
+    entry = ENTRIES.get(name)
     if not (cfg.has_weights or cfg.state_dict):
         trained = ", ".join(entry.name for entry in ENTRIES.values() if entry.trained)
+        ways = "Train it with `tamzoo train`, or pass" if entry else "Pass"
         raise RuntimeError(
             f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
-            "Train it with `tamzoo train`, or pass pretrained=False for an untrained model"
+            f"{ways} weights of your own, or pretrained=False for an untrained model"
         )
-    entry = ENTRIES.get(name)
     own_source = cfg.file or cfg.state_dict or cfg.source  # the caller's, which timm reads
     if entry and entry.trained and cfg.hf_hub_id == _hub_source(entry) and not own_source:
         path = fetch_weights(entry, kwargs.get("cache_dir"))

@@ -79,22 +79,36 @@ def shard_rows(path: str, column: str, start: int) -> Iterator[Row]:
                 group, number = group + 1, number + rows
             groups = range(group, file.num_row_groups)
             for batch in file.iter_batches(_READ_ROWS, row_groups=groups, columns=[column]):
-                cells = batch.column(0).slice(max(0, start - number)).to_pylist()
+                cells = _cells(batch.column(0).slice(max(0, start - number)))
                 for row, cell in enumerate(cells, max(number, start)):
-                    yield f"{path}:{row}", _picture(cell, Path(path).parent)
+                    yield f"{path}:{row}", Path(path).parent / cell if isinstance(cell, str) else cell
                 number += len(batch)
-    except (ArrowException, OSError, IndexError) as error:
+    except (ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())  # arrow's have several lines
         raise ValueError(
             f"{path}: cannot be read after row {number} ({told}); fetch it again or leave it out"
         ) from error
 
 
-def _picture(cell: Any, folder: Path) -> Path | bytes | None:
-    """What a cell holds: the bytes of a file, else its path from the shard's folder."""
-    if isinstance(cell, dict):
-        cell = cell["bytes"] or cell.get("path")
-    return folder / cell if isinstance(cell, str) else cell
+def _cells(column: Any) -> list[bytes | str | None]:
+    """The bytes of pictures, else their paths.
+
+    Of a struct only these two fields: Ray's extension types, which it may hold too, unpickle their values.
+
+    Raises:
+        ArrowInvalid: neither bytes nor texts; the type of an extension is known only where its library is.
+    """
+    from pyarrow import ArrowInvalid, types
+
+    if types.is_struct(column.type):
+        fields = dict(zip((field.name for field in column.type), column.flatten(), strict=True))
+        cells = _cells(fields["bytes"])
+        if "path" in fields and _is_text(fields["path"].type):
+            cells = [data or path for data, path in zip(cells, _cells(fields["path"]), strict=True)]
+        return cells
+    if not (holds_bytes(column.type) or _is_text(column.type)):
+        raise ArrowInvalid(f"expected pictures, found {column.type}")
+    return column.to_pylist()
 
 
 def holds_bytes(kind: Any) -> bool:
@@ -102,7 +116,8 @@ def holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 
     if types.is_struct(kind):
-        return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+        kinds = [field.type for field in kind if field.name == "bytes"]
+        return len(kinds) == 1 and not types.is_struct(kinds[0]) and holds_bytes(kinds[0])
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 

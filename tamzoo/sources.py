@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tamzoo.datasets import Dataset
+from tamzoo.images import COMMON
 from tamzoo.progress import Progress
 from tamzoo.shards import holds_bytes
 
@@ -128,7 +129,7 @@ def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
 
 def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
     try:
-        from pyarrow import ArrowException, parquet, types
+        from pyarrow import ArrowException, compute, parquet, types
     except ImportError as error:
         raise ValueError("reading parquet needs pyarrow; pip install 'tamzoo[train]'") from error
     try:
@@ -151,10 +152,11 @@ def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarra
         )
     rows = np.zeros((table.num_rows, ROW), dtype=np.uint8)
     rows[:, 0] = _labels(path, labels.to_numpy().astype(np.int64), dataset)
-    if "source" in table.column_names:
+    if "source" in table.column_names and types.is_string(table["source"].type):
         rows[:, 1] = [source == "jpeg" for source in table["source"].to_pylist()]
-    for index, image in enumerate(progress(images.to_pylist(), f"Decoding {path.name}")):
-        rows[index, 2:] = _decode((image or {}).get("bytes"), f"{path}, image {index}").reshape(-1)
+    pictures = compute.struct_field(images, "bytes").to_pylist()
+    for index, data in enumerate(progress(pictures, f"Decoding {path.name}")):
+        rows[index, 2:] = _decode(data, f"{path}, image {index}").reshape(-1)
     return rows
 
 
@@ -162,13 +164,12 @@ def _decode(data: bytes | None, place: str) -> np.ndarray:
     if data is None:
         raise ValueError(f"{place}: expected an image, found null; fetch the file again")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            array = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, TypeError, ValueError, SyntaxError) as error:  # all are Pillow's
-        raise ValueError(f"{place}: not an image ({error})") from error
-    if array.shape != (SIDE, SIDE, 3):
-        raise ValueError(f"{place}: expected 32x32 RGB, got {array.shape[1]}x{array.shape[0]}")
-    return array
+        with Image.open(io.BytesIO(data), formats=COMMON) as image:
+            if image.size != (SIDE, SIDE):
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's are of many kinds
+        raise ValueError(f"{place}: expected a PNG, JPEG or WebP of 32x32 pixels, got {error}") from error
 
 
 def _read_binary(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:

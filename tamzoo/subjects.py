@@ -11,7 +11,14 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tamzoo.catalogue import ATTENTION_NAMES, Backbone
-from tamzoo.checkpoint import WEIGHTS, check_finite, load_weights, model_arguments, read_finished
+from tamzoo.checkpoint import (
+    WEIGHTS,
+    check_finite,
+    load_weights,
+    model_arguments,
+    read_finished,
+    record_beside,
+)
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.findings import Curve
 from tamzoo.hub import entry_folder, fetch_weights
@@ -58,8 +65,8 @@ class Subject:
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def curve(self) -> list[Curve]:
-        """The test error of the run that made the weights, where its log lies beside them."""
-        if not (self.weights.parent / "log.csv").is_file():
+        """The test error of the run that made the weights, where its record and log lie beside them."""
+        if not (record_beside(self.weights) and (self.weights.parent / "log.csv").is_file()):
             return []
         errors = [row["test_top1_error"] for row in read_log(self.weights.parent)]
         return [Curve(model=self.label, top1_errors=errors)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import timm
 import torch
@@ -96,7 +97,7 @@ def sweep(
     started, found = time.monotonic(), []
     for variant in variants:
         folder, size = out / variant.folder, variant.group_size
-        model_args = {"group_size": size} if size else {}
+        model_args: dict[str, Any] = {"group_size": size} if size else {}
         with torch.device("meta"):
             gates = gates_of(timm.create_model(variant.entry, **model_args)).values()
         single = sum(len(gate.tree) == 1 for gate in gates)

@@ -134,7 +134,7 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     """A model in eval mode with weights, its full name, and its data set's row."""
     import timm
 
-    from tamzoo.checkpoint import check_finite, load_weights, model_arguments
+    from tamzoo.checkpoint import check_finite, load_weights, model_arguments, told_entry
     from tamzoo.datasets import DATASETS
     from tamzoo.registry import find_model
 
@@ -147,6 +147,8 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore
     full = f"{cfg['architecture']}.{cfg['tag']}"
     if weights is not None:
+        if (told := told_entry(weights) or full) != full:
+            raise ValueError(f"{weights} says that it is of {told}, not of {full}; pass that name with it")
         load_weights(model, weights, full)
         check_finite(model.state_dict(), str(weights))
     return model, full, DATASETS[cfg["tag"]]

@@ -112,11 +112,15 @@ def ordinary(tree: nn.Sequential) -> bool:
         return False
     width = 0
     for layer in tree:
-        if is_plain(layer, nn.Conv2d) and layer.bias is not None:
+        if is_plain(layer, nn.Conv2d) and layer.bias is not None and _pointwise(layer):
             width = layer.out_channels
         elif not is_plain(layer, nn.PReLU) or layer.num_parameters != width:
             return False
     return is_plain(tree, nn.Sequential)
+
+
+def _pointwise(layer: Any) -> bool:
+    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
 
 
 def _fits(x: Tensor, tree: nn.Sequential) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tamzoo.cache import cache_folder
+from tamzoo.cache import program_folder
 
 SOURCE = Path(__file__).with_name("tree_cpu.cpp")
 # OpenMP's threads are those that torch has already loaded and keeps
@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | None:
     given = os.environ.get("CXX", "")
     try:
         command = shlex.split(given) or [shutil.which("c++") or shutil.which("g++") or "c++"]
-        return ctypes.CDLL(str(_build(command, cache_folder() / "kernels")))
+        return ctypes.CDLL(str(_build(command)))
     # a ValueError of a user without a home, or of a quote in CXX that does not end
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
@@ -43,15 +43,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _build(command: list[str], folder: Path) -> Path:
+def _build(command: list[str]) -> Path:
     """Compiles the source, unless this compiler has done so for this kind of CPU."""
     # the macros tell the compiler's version and what -march=native means here
     asked = [*command, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull]
     told = subprocess.run(asked, check=True, capture_output=True, text=True, timeout=PATIENCE_S)
     key = hashlib.sha256(f"{FLAGS} {told.stdout} {SOURCE.read_text()}".encode()).hexdigest()[:16]
+    folder = program_folder("kernels")
     built = folder / f"tree-{key}.so"
     if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             part = Path(place) / built.name
             subprocess.run(

@@ -104,7 +104,14 @@ def test_its_gates_are_those_that_measuring_gives(found, runs):
 def test_an_analysis_survives_json_and_a_damaged_one_is_named(found, tmp_path):
     assert Analysis.from_json(found.to_json()) == found
     path = tmp_path / ANALYSIS
-    for text in ("", "[]", "{}", found.to_json()[:-10], found.to_json().replace('"lesions"', '"lesion"')):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        found.to_json()[:-10],
+        found.to_json().replace('"lesions"', '"lesion"'),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match="analysis.json: expected what `tamzoo analyze` writes"):
             read_analysis(path)

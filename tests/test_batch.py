@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tamzoo.answers import Here, ahead, answer
 from tamzoo.batch import Job, run_job
 from tamzoo.images import PICTURES, open_picture
 from tamzoo.parts import batches_of, list_parts, parts_folder
-from tamzoo.shards import shard_rows
+from tamzoo.shards import open_shard, shard_rows
 from tests.colours import colour_classifier, colour_onnx, coloured, expect_colours
 from tests.conftest import refused
 
@@ -152,6 +153,65 @@ def test_a_shard_that_cannot_be_read_is_named_with_the_row(tmp_path):
     Path(path).write_bytes(whole)
     with pytest.raises(ValueError, match=r"x.parquet: cannot be read after row 300 \(.*; fetch it again"):
         list(shard_rows(path, "image", 310))  # a start from when it was longer
+
+
+class Unpickled(pa.ExtensionType):
+    """As Ray registers one, whose values it unpickles."""
+
+    def __init__(self):
+        super().__init__(pa.binary(), "tamzoo.tests.unpickled")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage, serialized):
+        return cls()
+
+    def __arrow_ext_scalar_class__(self):
+        return UnpickledScalar
+
+
+class UnpickledScalar(pa.ExtensionScalar):
+    def as_py(self, **options):
+        raise AssertionError("a value of an extension type was made")
+
+
+@pytest.fixture
+def extension():
+    """An extension type that is registered after a shard has been looked at, as in a worker of Ray's."""
+    kind = Unpickled()
+    yield kind, lambda: pa.register_extension_type(kind)
+    with suppress(KeyError):
+        pa.unregister_extension_type(kind.extension_name)
+
+
+def test_values_of_extension_types_in_a_shard_are_never_made(tmp_path, extension):
+    kind, register = extension
+    hidden = pa.ExtensionArray.from_storage(kind, pa.array([b"x"], pa.binary()))
+    struct = pa.StructArray.from_arrays([pa.array([coloured(2)]), hidden, hidden], ["bytes", "extra", "path"])
+    for name, column in (("beside", struct), ("itself", hidden)):
+        parquet.write_table(pa.table({"image": column}), tmp_path / f"{name}.parquet")
+        assert open_shard(str(tmp_path / f"{name}.parquet"))
+    register()
+    assert list(shard_rows(str(tmp_path / "beside.parquet"), "image", 0)) == [
+        (f"{tmp_path / 'beside.parquet'}:0", coloured(2))
+    ]
+    with pytest.raises(ValueError, match=r"itself.parquet: cannot be read after row 0 \(expected pictures"):
+        list(shard_rows(str(tmp_path / "itself.parquet"), "image", 0))
+
+
+def test_odd_columns_of_a_shard_are_told(tmp_path):
+    nested = pa.struct([("bytes", pa.struct([("bytes", pa.binary())]))])
+    with pytest.raises(ValueError, match="no image column"):
+        open_shard(shard(tmp_path / "nested.parquet", [{"bytes": {"bytes": b"x"}}], nested))
+    numbered = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    path = shard(tmp_path / "numbered.parquet", [{"bytes": None, "path": 1}], numbered)
+    assert list(shard_rows(path, "image", 0)) == [(f"{path}:0", None)]
+    texts = pa.array([b"\xff.png"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"path": texts}), tmp_path / "texts.parquet")
+    with pytest.raises(ValueError, match=r"texts.parquet: cannot be read after row 0 \(.*can't decode"):
+        list(shard_rows(str(tmp_path / "texts.parquet"), "path", 0))
 
 
 def test_a_picture_that_the_system_refuses_is_one_error(pictures, tmp_path, monkeypatch):
@@ -289,6 +349,24 @@ def test_two_calls_at_once_do_not_mix(pictures, tmp_path):
     first = Here(classifier=colour_classifier(), workers=2, batch=4, progress=meanwhile)
     assert run_job(job_of([pictures], out), first).predicted == 120
     assert len(refusals) == 2 and not parts_folder(out).exists()
+    expect_colours(rows_of(out), 120)
+
+
+def test_what_another_call_has_finished_in_the_meantime_stays(pictures, tmp_path, monkeypatch):
+    out, looked = tmp_path / "x.parquet", tamzoo.batch._is_finished
+
+    def slow(job):
+        found = looked(job)
+        monkeypatch.setattr("tamzoo.batch._is_finished", looked)
+        run([pictures], out)
+        return found
+
+    monkeypatch.setattr("tamzoo.batch._is_finished", slow)
+    assert run([pictures], out).predicted == 0
+    out.unlink()
+    monkeypatch.setattr("tamzoo.batch._is_finished", slow)
+    with pytest.raises(ValueError, match="there already, not of this model and input"):
+        run([pictures], out, model="another")
     expect_colours(rows_of(out), 120)
 
 

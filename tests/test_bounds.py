@@ -233,7 +233,11 @@ def test_behind_what_is_more_than_its_type_nothing_is_known(made):
         assert bound_gates(model, zeros, zeros) == {str(len(layers)): (0, 1)}
 
 
-@pytest.mark.parametrize("made", [norm_and_relu, pruned, parametrized])
+def wide() -> nn.Module:
+    return nn.Conv2d(1, 1, 3, padding=1)
+
+
+@pytest.mark.parametrize("made", [norm_and_relu, pruned, parametrized, wide])
 def test_nor_within_a_tree(made):
     gate = TAM(1).eval()
     gate.tree[0] = made()
@@ -442,6 +446,16 @@ def test_features_beyond_float32_leave_a_gate_unknown(shaken, of_convolution, of
     low, high = darkest_and_brightest(ENTRIES["resnet20_tam.cifar10"].dataset)
     widths = [most - least for least, most in bound_gates(model, low, high).values()]
     assert max(widths[:3]) < 1e-5 and widths[3:] == [1] * 6
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["wrn10_4_tam.cifar10", "resnet20_tam.cifar10"])
+def test_behind_weights_that_are_no_numbers_nothing_is_known(shaken, name, wrong):
+    model = shaken(timm.create_model(name))
+    model.layer2[0].conv2.weight.data[0, 0, 0, 0] = wrong
+    low, high = darkest_and_brightest(ENTRIES[name].dataset)
+    bounds = bound_gates(model, low, high)
+    assert {bounds[name] for name in bounds if name >= "layer2"} == {(0, 1)}
 
 
 def test_behind_a_gate_that_overflows_nothing_is_known(shaken):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import tamzoo  # noqa: F401
 from tamzoo.checkpoint import (
+    check_output_file,
     check_weights_file,
     load_weights,
     save_weights,
@@ -128,6 +129,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     path = tmp_path / "missing" / "x.json"
     with pytest.raises(OSError, match=re.escape(f"cannot write {path}: No such file or directory")):
         write_whole(path, "new")
+
+
+def test_a_folder_that_may_not_be_written_is_seen_before_any_work(tmp_path, monkeypatch):
+    check_output_file(tmp_path / "x.onnx")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # nothing is refused to root
+    with pytest.raises(ValueError, match=r"cannot write .*x.onnx: you may not write to "):
+        check_output_file(tmp_path / "x.onnx")
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):

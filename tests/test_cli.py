@@ -184,6 +184,15 @@ def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
             err
         )
         assert not holds_a_path_of_this_machine(path)
+    other = (
+        "predict",
+        PICTURES / "cat.jpg",
+        "-m",
+        "wrn10_4_plain",
+        "--weights",
+        tmp_path / "model.safetensors",
+    )
+    refused(tamzoo(*other), "it is of wrn10_4_plain.cifar10, not of wrn10_4_plain.cifar100")
     refused(tamzoo("export", "wrn10_4_tam.cifar10", "-o", tmp_path / "x.h5"), "a file named .onnx, .safeten")
 
 
@@ -371,6 +380,22 @@ def test_a_name_that_the_terminal_cannot_show_costs_no_answer(tmp_path):
     told = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert told.returncode == 0, told.stderr.decode()
     assert [name in told.stdout for name in (b"a.png", b"\\u2603.png", b"z.png")] == [True] * 3
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path):
+    script = (
+        "import os, signal, time, tamzoo.cli\n"
+        "from pathlib import Path\n"
+        "from tamzoo.checkpoint import whole_file\n"
+        "def work():\n"
+        "    with whole_file(Path('x.onnx')):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "tamzoo.cli.app = work\n"
+        "tamzoo.cli.main()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path).returncode == 143
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "gates", "analyze"])

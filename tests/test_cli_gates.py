@@ -42,6 +42,7 @@ def test_freezing_tells_errors_before_and_after_and_stores_static_gates(tamzoo, 
     assert [gate.width for gate in measured] == [0.0] * 9
     for stats, gate in zip(measured, gates_of(model).values(), strict=True):
         assert gate.measured_gate.tolist() == pytest.approx([stats.mean] * 3, abs=1e-6)
+        assert f"  {stats.name}: width " in out and f", frozen as {stats.mean:.6f}" in out
     # the stem's BatchNorm comes before any gate: as of the training images, augmented by the entry's recipe
     train, dataset, recipe = random_split(20, 0), DATASETS["cifar10"], RECIPES[ENTRIES[ENTRY].trained.recipe]
     draws = draw(20, recipe, dataset, torch.Generator().manual_seed(0))
@@ -55,12 +56,16 @@ def test_what_cannot_be_frozen_is_refused(tamzoo, moving, tmp_path, monkeypatch)
     save_weights(plain, timm.create_model("resnet20_plain.cifar10").state_dict())
     out = tmp_path / "static.safetensors"
     options = ("--data", tmp_path, "-o", out)
+    monkeypatch.setattr(data, "load_split", None)  # all is seen before any work
     refused(
         tamzoo("freeze-gates", "resnet20_plain.cifar10", "--weights", plain, *options), "has no TAM gates"
     )
     assert not out.exists()
-    monkeypatch.setattr(data, "load_split", None)  # what follows is seen before any work
     missing = tmp_path / "no" / "static.safetensors"
-    for wrong, told in ((missing, f"there is no folder {missing.parent}"), (tmp_path, "found a folder")):
+    for wrong, told in (
+        (missing, f"there is no folder {missing.parent}"),
+        (tmp_path, "found a folder"),
+        (tmp_path / "static.onnx", "expected an output that ends in .safetensors"),
+    ):
         common = ("--weights", moving, "--data", tmp_path)
         refused(tamzoo("freeze-gates", ENTRY, *common, "-o", wrong), told)

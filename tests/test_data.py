@@ -299,8 +299,24 @@ def test_a_damaged_picture_in_a_shard_is_named(tmp_path, at):
     picture[at + 3] = 10
     rows[2][small.dataset.image_column]["bytes"] = bytes(picture)
     parquet.write_table(table({key: [row[key] for row in rows] for key in rows[0]}), tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name}, image 2: not an image"):
+    with pytest.raises(ValueError, match=f"{name}, image 2: expected a PNG, JPEG or WebP"):
         load_split(tmp_path, small.dataset, "train")
+
+
+def test_a_picture_that_another_program_would_read_or_that_is_huge_is_refused(tmp_path, monkeypatch):
+    from pyarrow import parquet, table
+
+    monkeypatch.setattr("subprocess.check_call", None)  # Pillow calls Ghostscript by it
+    small, name = Small("cifar10"), "train-00001-of-00002.parquet"
+    rows = parquet.read_table(small.parquet(tmp_path) / name).to_pylist()
+    huge = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(huge, "PNG")
+    post_script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{} loop\n%%EOF\n"
+    for data, told in ((post_script, "cannot identify"), (huge.getvalue(), "Image size")):
+        rows[2][small.dataset.image_column]["bytes"] = data
+        parquet.write_table(table({key: [row[key] for row in rows] for key in rows[0]}), tmp_path / name)
+        with pytest.raises(ValueError, match=f"image 2: expected a PNG, JPEG or WebP of 32x32.*{told}"):
+            load_split(tmp_path, small.dataset, "train")
 
 
 def test_a_pickle_of_something_else_is_refused(tmp_path):
@@ -368,7 +384,10 @@ def test_a_shard_of_something_else_is_refused(tmp_path):
     whole = file.getvalue()
     for rows, message in [
         ({"image": [b""], "label": [0]}, "no column img, found image, label"),
-        ({"img": [{"bytes": b"no image", "path": None}], "label": [0]}, "image 0: not an image"),
+        (
+            {"img": [{"bytes": b"no image", "path": None}], "label": [0]},
+            "image 0: expected a PNG, JPEG or WebP",
+        ),
         ({"img": [{"bytes": whole}, None], "label": [0, 0]}, "image 1: expected an image, found null"),
         ({"img": [b""], "label": [0]}, "images as structs with bytes in img, found int64 .* and binary"),
         ({"img": [{"path": "x"}], "label": [0]}, "images as structs with bytes .* struct<path: string>"),
@@ -382,7 +401,7 @@ def test_a_shard_of_something_else_is_refused(tmp_path):
     Image.new("RGB", (40, 32)).save(file, "png")
     rows = {"img": [{"bytes": file.getvalue(), "path": None}], "label": [0]}
     parquet.write_table(table(rows), tmp_path / "train-0.parquet")
-    with pytest.raises(ValueError, match="image 0: expected 32x32 RGB, got 40x32"):
+    with pytest.raises(ValueError, match="image 0: expected a PNG, JPEG or WebP of 32x32 pixels, got 40x32"):
         load_split(tmp_path, small.dataset, "train")
 
 

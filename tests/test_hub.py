@@ -232,6 +232,8 @@ def test_offline_with_a_damaged_cache_is_told(fetch, monkeypatch):
 def test_a_hub_that_is_not_there_is_told(entry, tmp_path):
     with pytest.raises(OSError, match=r"http://127.0.0.1:9 cannot be reached \(ConnectError\)"):
         fetch_weights(entry, tmp_path / "cache", endpoint="http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r": http://127.0.0.1:9 cannot be reached"):
+        fetch_weights(entry, tmp_path / "cache", endpoint="http://joe:secret@127.0.0.1:9")
 
 
 def test_a_transfer_that_xet_gives_up_is_told(entry, fetch, monkeypatch):

@@ -22,6 +22,7 @@ def test_error_is_drawn_against_epoch(tmp_path, kind):
     pytest.importorskip("matplotlib")
     runs = [logged(tmp_path / name, [50.0, 20.0, 10.0 + index]) for index, name in enumerate("abc")]
     out = tmp_path / f"error.{kind}"
+    runs.append(logged(tmp_path / "a$x^$", [50.0]))  # no formula
     plot_error([*runs, logged(tmp_path / "one_epoch", [30.0]), logged(tmp_path / "none", [])], out)
     assert out.stat().st_size > 1000
     if kind == "svg":
@@ -36,6 +37,17 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
     runs = [logged(tmp_path / parent / "run", [50.0]) for parent in "ab"]
     plot_error(runs, tmp_path / "x.png")
     assert [curve.model for curve in drawn] == list(map(str, runs))
+
+
+def test_a_run_without_an_epoch_is_left_out(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "run.json").write_text("{}")
+    plot_error([begun, logged(tmp_path / "run", [50.0])], tmp_path / "x.png")
+    assert (tmp_path / "x.png").is_file() and f"{begun}: no epoch has ended yet; left out" in caplog.text
+    with pytest.raises(ValueError, match=r"begun/log.csv: expected the log of a training run, found nothing"):
+        plot_error([begun], tmp_path / "y.png")
 
 
 def test_latencies_are_drawn_as_ratios(tmp_path):

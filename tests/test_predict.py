@@ -1,3 +1,4 @@
+import os
 import re
 from dataclasses import replace
 
@@ -280,6 +281,24 @@ def test_weights_beside_an_onnx_file_are_part_of_what_it_is(tmp_path):
     before = open_classifier(path, mean=MEAN, std=STD).sha256
     (tmp_path / "y.data").write_bytes(np.zeros(3, np.float32).tobytes())
     assert open_classifier(path, mean=MEAN, std=STD).sha256 != before
+
+
+@pytest.mark.parametrize("kind", ["absolute", "above", "pipe", "missing"])
+def test_weights_elsewhere_than_beside_an_onnx_file_are_not_read(tmp_path, kind):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(12))
+    name = {"absolute": str(tmp_path / "secret"), "above": "../secret"}.get(kind, "weights")
+    if kind == "pipe":
+        os.mkfifo(folder / name)  # who opens it waits
+    model = onnx.load(colour_onnx(tmp_path / "x.onnx"))
+    unused = TensorProto(name="unused", data_type=TensorProto.FLOAT, dims=[3])
+    unused.data_location = TensorProto.EXTERNAL
+    unused.external_data.add(key="location", value=name)
+    model.graph.initializer.append(unused)
+    (folder / "y.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"y.onnx: expected its weights in a file beside it, not in '.*'"):
+        open_classifier(folder / "y.onnx", mean=MEAN, std=STD)
 
 
 def test_labels_of_a_windows_editor_are_read(tmp_path):

@@ -285,7 +285,8 @@ def test_group_size_is_an_argument_of_tam_models():
 
 def test_untrained_entries_say_so():
     with pytest.raises(
-        RuntimeError, match=r"resnet152_tam.svhn has no trained weights yet.*pass pretrained=False"
+        RuntimeError,
+        match=r"resnet152_tam.svhn has no trained weights yet.*\. Pass weights of your own, or pretrained=F",
     ):
         timm.create_model("resnet152_tam.svhn", pretrained=True)
 

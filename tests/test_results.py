@@ -104,7 +104,16 @@ def test_a_record_survives_json_and_a_damaged_one_is_named(tmp_path):
     path = tmp_path / "record.json"
     told = json.loads(record.to_json())
     damaged = [json.dumps(told | {key: None}) for key in ("entry", "sha256", "recipe")]
-    damaged += ["", "[]", "{}", record.to_json()[:-10], record.to_json().replace('"seed"', '"sed"')]
+    for arguments in ({"checkpoint_path": "x.pth"}, {"group_size": "2"}, ["group_size"]):
+        damaged.append(json.dumps(told | {"model_args": arguments}))
+    damaged += [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        record.to_json()[:-10],
+        record.to_json().replace('"seed"', '"sed"'),
+    ]
     for text in damaged:
         path.write_text(text)
         with pytest.raises(ValueError, match="record.json: expected a training record"):

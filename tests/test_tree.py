@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tamzoo import tree, tree_cpu
 from tamzoo.attention import TAM
+from tamzoo.cache import program_folder
 
 needs_compiler = pytest.mark.skipif(tree_cpu.library() is None, reason="needs a C++ compiler")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -339,16 +340,30 @@ def test_a_failed_compilation_is_told_and_leaves_nothing(tmp_path, monkeypatch, 
     finally:
         tree_cpu.library.cache_clear()
     assert "broken.cpp" in caplog.text and "error" in caplog.text.lower()
-    assert not list((tmp_path / "kernels").iterdir())
+    assert not list(program_folder("kernels").iterdir())
 
 
 @needs_compiler
-def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="the cache is the user's own")
+def test_kernels_that_others_could_have_written_are_not_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path))
+    program_folder("kernels").chmod(0o777)
+    tree_cpu.library.cache_clear()
+    try:
+        assert tree_cpu.library() is None
+    finally:
+        tree_cpu.library.cache_clear()
+    assert "others may write there, and its programs are run; remove it" in caplog.text
+
+
+@needs_compiler
+def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path, monkeypatch):
     """In a cache that machines share; -march=native tells the kind of CPU by macros."""
+    monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path))
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    built = [tree_cpu._build([*compiler, *macro], tmp_path) for macro in ([], ["-D__OTHER_CPU__"], [])]
+    built = [tree_cpu._build([*compiler, *macro]) for macro in ([], ["-D__OTHER_CPU__"], [])]
     assert built[0] == built[2] != built[1]
-    assert sorted(tmp_path.iterdir()) == sorted(set(built))
+    assert sorted(program_folder("kernels").iterdir()) == sorted(set(built))
 
 
 @needs_compiler

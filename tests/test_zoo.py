@@ -131,7 +131,7 @@ def test_bad_input_is_one_sentence(command, monkeypatch, tmp_path):
     refused(command("--out", tmp_path / "out", "--data", tmp_path / "no"), "found no such directory")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    refused(command(*common), "ONNX export needs onnxruntime; pip install 'tamzoo[export]'")
+    refused(command(*common), "ONNX needs onnxruntime; pip install 'tamzoo[export]'")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(command, monkeypatch, tmp_path):
