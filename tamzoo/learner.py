@@ -90,7 +90,8 @@ class Learner:
         self._forward = self._full_forward = world.spread(self.model)
         if compiled != "no":
             torch.compiler.reset()  # it gives up at the ninth model of one class
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(program_folder("inductor")))
+            if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(program_folder("inductor"))
         if compiled == "model":
             torch._dynamo.config.recompile_limit = MOST_GRAPHS  # SyncBatchNorm breaks it into many
             self._full_forward = torch.compile(self._forward, dynamic=False)
