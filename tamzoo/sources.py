@@ -129,7 +129,7 @@ def find_source(directory: Path, dataset: Dataset, split: str) -> Source:
 
 def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarray:
     try:
-        from pyarrow import ArrowException, compute, parquet, types
+        from pyarrow import ArrowException, parquet, types
     except ImportError as error:
         raise ValueError("reading parquet needs pyarrow; pip install 'tamzoo[train]'") from error
     try:
@@ -154,7 +154,7 @@ def _read_parquet(path: Path, dataset: Dataset, progress: Progress) -> np.ndarra
     rows[:, 0] = _labels(path, labels.to_numpy().astype(np.int64), dataset)
     if "source" in table.column_names and types.is_string(table["source"].type):
         rows[:, 1] = [source == "jpeg" for source in table["source"].to_pylist()]
-    pictures = compute.struct_field(images, "bytes").to_pylist()
+    pictures = table.select([dataset.image_column]).flatten()[f"{dataset.image_column}.bytes"].to_pylist()
     for index, data in enumerate(progress(pictures, f"Decoding {path.name}")):
         rows[index, 2:] = _decode(data, f"{path}, image {index}").reshape(-1)
     return rows

@@ -215,8 +215,8 @@ def test_a_run_with_another_group_size_loads_as_it_was_trained(tmp_path):
     record = replace(record, model_args={"group_size": 4}, sha256=sha256)
     (folder / "record.json").write_text(record.to_json())
     assert subjects.subject(str(folder)).load().layer1[0].se.group_size == 4
-    (folder / "record.json").write_text(replace(record, model_args={"colour": 1}).to_json())
-    with pytest.raises(ValueError, match=r"safetensors: resnet20_tam.cifar10 cannot be made with .*colour"):
+    (folder / "record.json").write_text(replace(record, entry="resnet20_plain.cifar10").to_json())
+    with pytest.raises(ValueError, match=r"safetensors: resnet20_plain.cifar10 cannot be made with .*group"):
         subjects.subject(str(folder)).load()
 
 
@@ -237,8 +237,8 @@ def test_what_cannot_be_analysed_is_refused(tamzoo, twenty_images, runs, tmp_pat
     refused(analyze(tam), "pass --data DIR or set TAMZOO_DATA")
     refused(analyze(tam, *data, "--peer", "resnet20_tamm"), "no model 'resnet20_tamm'; nearest: resnet20_tam")
     refused(
-        analyze(tam, *data, "--peer", "resnet20_scalar.cifar10"),
-        "no entry 'resnet20_scalar.cifar10'; nearest:",
+        analyze(tam, *data, "--peer", "resnet20_cbam.cifar100"),
+        "no entry 'resnet20_cbam.cifar100'; nearest:",
     )
     refused(analyze(tam, *data, "--peer", "resnet18_se.cifar10"), "no trained weights yet")
     refused(analyze(tam, *data, "--peer", empty), "expected a finished run")

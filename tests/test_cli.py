@@ -188,7 +188,7 @@ def test_the_suffix_chooses_what_is_exported(tamzoo, tmp_path):
         "predict",
         PICTURES / "cat.jpg",
         "-m",
-        "wrn10_4_plain",
+        "wrn10_4_plain.cifar100",
         "--weights",
         tmp_path / "model.safetensors",
     )
