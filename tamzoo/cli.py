@@ -168,8 +168,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, of what is answered
     if isinstance(sys.stdout, TextIOWrapper):  # a file's name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that nothing half-written stays
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves nothing half-written
     with one_sentence():
         app()
