@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,3 +215,29 @@ def test_what_export_tells_of_group_sizes_is_what_the_records_hold():
         gates = f"{row.static} of {row.gates}" if row.group_size else "no gates"
         cells = row.group_size or "no attention", f"{row.top1_error:.2f} %", f"{row.top5_error:.2f} %", gates
         assert f"| {' | '.join(map(str, cells))} |" in (export / "README.md").read_text()
+
+
+def test_what_export_tells_of_seeds_is_what_the_records_hold():
+    export = Path(__file__).parent.parent / "export"
+    rows = [SweptRun(**row) for row in json.loads((export / "seed_runs/sweep.json").read_text())]
+    entries = ["resnet20_plain.cifar10", "resnet20_scalar.cifar10", "resnet20_tam.cifar10"]
+    assert [(row.entry, row.seed) for row in rows] == [
+        (entry, seed) for seed in range(3) for entry in entries
+    ]
+    for row in rows:
+        record = read_record(export / f"seed_runs/{row.entry}-seed-{row.seed}/record.json")
+        assert (row.sha256, row.top1_error) == (record.sha256, record.score.top1_error)
+        assert row.static == sum(gate.width <= 1e-4 for gate in record.gates)
+    for entry in entries:
+        mine = [row for row in rows if row.entry == entry]
+        errors = np.array([row.top1_error for row in mine])
+        gates = ", ".join(f"{row.static} of {row.gates}" for row in mine if row.gates)
+        each = ", ".join(f"{error:.2f}" for error in errors)
+        cells = (
+            f"`{entry}`",
+            f"{each} %",
+            f"{errors.mean():.2f} %",
+            f"{errors.std(ddof=1):.2f}",
+            gates or "no gates",
+        )
+        assert f"| {' | '.join(cells)} |" in (export / "README.md").read_text()
