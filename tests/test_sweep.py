@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,41 +144,15 @@ def test_what_cannot_be_swept_is_refused(sweep):
         sweep(1)
 
 
-def test_the_command_draws_error_against_group_size(tmp_path, monkeypatch):
+@pytest.fixture
+def command(trained_through, tmp_path):
+    """Runs `tamzoo sweep` of one epoch; its exit code and output."""
     pytest.importorskip("matplotlib")
     from typer.testing import CliRunner
 
     from tamzoo.cli import app
 
-    monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(20, 0))
-    options = [
-        "--data",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "out"),
-        "--model",
-        "wrn10_4",
-        "--recipe",
-        "short-cpu",
-        "--epochs",
-        "1",
-    ]
-    found = CliRunner().invoke(app, ["sweep", "group-size", "8", "2", *options])
-    assert found.exit_code == 0, found.output
-    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "sweep.svg").is_file()
-    found = CliRunner().invoke(app, ["sweep", "group-size", "1", *options])
-    assert found.exit_code == 2
-
-
-def test_the_command_tells_and_draws_errors_over_seeds(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from typer.testing import CliRunner
-
-    from tamzoo.cli import app
-
-    monkeypatch.setattr("tamzoo.session.load_split", lambda *args: random_split(20, 0))
-    options = [
+    common = [
         "--data",
         str(tmp_path),
         "--out",
@@ -187,57 +162,76 @@ def test_the_command_tells_and_draws_errors_over_seeds(tmp_path, monkeypatch):
         "--epochs",
         "1",
     ]
-    found = CliRunner().invoke(app, ["sweep", "attention", "--seeds", "2", *options])
-    assert found.exit_code == 0, found.output
+
+    def run(*words):
+        found = CliRunner().invoke(app, ["sweep", *words, *common])
+        return found.exit_code, found.output
+
+    return run
+
+
+def drawn(folder: Path) -> bool:
+    return (folder / "sweep.png").read_bytes().startswith(b"\x89PNG") and (folder / "sweep.svg").is_file()
+
+
+def test_the_command_draws_error_against_group_size(command, tmp_path):
+    code, output = command("group-size", "8", "2", "--model", "wrn10_4")
+    assert code == 0, output
+    assert drawn(tmp_path / "out")
+    assert command("group-size", "1")[0] == 2
+
+
+def test_the_command_tells_and_draws_errors_over_seeds(command, tmp_path):
+    code, output = command("attention", "--seeds", "2")
+    assert code == 0, output
     rows = [SweptRun(**row) for row in json.loads((tmp_path / "out" / "sweep.json").read_text())]
     assert [row.entry for row in rows] == [
         f"resnet20_{name}.cifar10" for name in ("plain", "scalar", "tam")
     ] * 2
-    assert found.output.splitlines()[-3:] == summary(rows)
-    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "sweep.svg").is_file()
-    found = CliRunner().invoke(app, ["sweep", "attention", "--seeds", "1", *options])
-    assert found.exit_code == 2
+    assert output.splitlines()[-3:] == summary(rows)
+    assert drawn(tmp_path / "out")
+    assert command("attention", "--seeds", "1")[0] == 2
+
+
+EXPORT = Path(__file__).parent.parent / "export"
+
+
+def stored(folder: str, name_of: Callable[[SweptRun], str]) -> list[SweptRun]:
+    """A sweep's rows in a folder of export, once its records are seen to say the same."""
+    rows = [SweptRun(**row) for row in json.loads((EXPORT / folder / "sweep.json").read_text())]
+    for row in rows:
+        record = read_record(EXPORT / folder / name_of(row) / "record.json")
+        assert (row.entry, row.seed, row.sha256) == (record.entry, record.seed, record.sha256)
+        assert row.top1_error == record.score.top1_error
+        assert row.static == sum(gate.width <= 1e-4 for gate in record.gates)
+    return rows
+
+
+def tells(*cells: object) -> bool:
+    return f"| {' | '.join(map(str, cells))} |" in (EXPORT / "README.md").read_text()
 
 
 def test_what_export_tells_of_group_sizes_is_what_the_records_hold():
-    export = Path(__file__).parent.parent / "export"
-    rows = [SweptRun(**row) for row in json.loads((export / "group_size_runs/sweep.json").read_text())]
+    rows = stored(
+        "group_size_runs", lambda row: f"group_size_{row.group_size}" if row.group_size else "plain"
+    )
     assert [row.group_size for row in rows] == [*GROUP_SIZES, None]
     for row in rows:
-        folder = f"group_size_{row.group_size}" if row.group_size else "plain"
-        record = read_record(export / "group_size_runs" / folder / "record.json")
-        assert (row.sha256, row.top1_error, row.static) == (
-            record.sha256,
-            record.score.top1_error,
-            sum(gate.width <= 1e-4 for gate in record.gates),
-        )
         gates = f"{row.static} of {row.gates}" if row.group_size else "no gates"
-        cells = row.group_size or "no attention", f"{row.top1_error:.2f} %", f"{row.top5_error:.2f} %", gates
-        assert f"| {' | '.join(map(str, cells))} |" in (export / "README.md").read_text()
+        errors = f"{row.top1_error:.2f} %", f"{row.top5_error:.2f} %"
+        assert tells(row.group_size or "no attention", *errors, gates)
 
 
 def test_what_export_tells_of_seeds_is_what_the_records_hold():
-    export = Path(__file__).parent.parent / "export"
-    rows = [SweptRun(**row) for row in json.loads((export / "seed_runs/sweep.json").read_text())]
+    rows = stored("seed_runs", lambda row: f"{row.entry}-seed-{row.seed}")
     entries = ["resnet20_plain.cifar10", "resnet20_scalar.cifar10", "resnet20_tam.cifar10"]
     assert [(row.entry, row.seed) for row in rows] == [
         (entry, seed) for seed in range(3) for entry in entries
     ]
-    for row in rows:
-        record = read_record(export / f"seed_runs/{row.entry}-seed-{row.seed}/record.json")
-        assert (row.sha256, row.top1_error) == (record.sha256, record.score.top1_error)
-        assert row.static == sum(gate.width <= 1e-4 for gate in record.gates)
     for entry in entries:
         mine = [row for row in rows if row.entry == entry]
         errors = np.array([row.top1_error for row in mine])
-        gates = ", ".join(f"{row.static} of {row.gates}" for row in mine if row.gates)
         each = ", ".join(f"{error:.2f}" for error in errors)
-        cells = (
-            f"`{entry}`",
-            f"{each} %",
-            f"{errors.mean():.2f} %",
-            f"{errors.std(ddof=1):.2f}",
-            gates or "no gates",
-        )
-        assert f"| {' | '.join(cells)} |" in (export / "README.md").read_text()
+        gates = ", ".join(f"{row.static} of {row.gates}" for row in mine if row.gates)
+        spread = f"{errors.mean():.2f} %", f"{errors.std(ddof=1):.2f}"
+        assert tells(f"`{entry}`", f"{each} %", *spread, gates or "no gates")
