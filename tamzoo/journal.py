@@ -248,14 +248,16 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """The name of what trains, and how many times."""
+    """The name of what trains, and how many times; of a CPU how many cores torch computes on."""
     times = f"{processes} x " if processes > 1 else ""
     if device.type == "cuda":
         return times + torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{times}CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
+    used, cores = torch.get_num_threads(), os.cpu_count() or 1
+    share = f"{used} of " if used < cores else ""
+    return f"{times}CPU, {share}{cores} cores ({names[0] if names else platform.machine()})"
 
 
 def commit_here() -> str:

@@ -363,6 +363,13 @@ def test_what_ran_is_told_when_each_session_starts(tmp_path, monkeypatch):
     assert record.versions == {"torch": "2, 3", "timm": "1"}
 
 
+@pytest.mark.parametrize(("threads", "told"), [(1, "CPU, 1 of 3 cores ("), (3, "CPU, 3 cores (")])
+def test_of_a_cpu_the_cores_that_trained_are_told(monkeypatch, threads, told):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert journal.hardware(torch.device("cpu"), 1).startswith(told)
+
+
 def test_a_commit_with_changes_is_told_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "__file__", str(tmp_path / "tamzoo" / "journal.py"))
     monkeypatch.setenv("TAMZOO_COMMIT", "of a copy")
