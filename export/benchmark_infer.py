@@ -1,6 +1,6 @@
 """Measures inference: `python -m export.benchmark infer --model wrn10_4` compares attentions and runtimes.
 
-All programs of a backbone live in one process and run once a round in rotating order; a ratio is the median
+All programs of a backbone live in one process and run once a round in shuffled order; a ratio is the median
 over rounds of program / plain. Values of weights do not change the time, so a backbone without trained
 weights gets random ones, and its gates are folded as they were measured, static or not.
 """

@@ -2,7 +2,8 @@
 
 `python -m export.gate_study run --data DIR --out DIR` trains small runs and measures every gate before and
 after each epoch; `python -m export.gate_study show DIR` prints the tables of export/README.md from what it
-wrote. A run that is in DIR already is not repeated.
+wrote. A run that is in DIR already is not repeated. `python -m export.gate_study untrained --data DIR` counts
+the gates that stand still before any training.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -25,10 +27,12 @@ from tamzoo.card_texts import table
 from tamzoo.catalogue import ENTRIES
 from tamzoo.checkpoint import write_whole
 from tamzoo.data import Split, data_directory, load_split, normalise
+from tamzoo.datasets import DATASETS
 from tamzoo.evaluate import evaluate
 from tamzoo.fold import reparameterize_model
 from tamzoo.gates import gates_of, measure_gates, remember_gates
 from tamzoo.recipes import SHORT_CPU
+from tamzoo.sweep import GROUP_SIZES
 from tamzoo.terminal import one_sentence
 from tamzoo.train import Run
 
@@ -57,6 +61,8 @@ SETTINGS = (
     ),
     Setting(model="resnet18", weight_decay=5e-4, slope=0.0),
 )
+
+UNTRAINED = (("resnet50", 2), ("resnext50_32x4d", 2), *(("resnet18", size) for size in GROUP_SIZES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +129,7 @@ def run(setting: Setting, train: Split, test: Split, options: argparse.Namespace
         trainer = Run(
             entry, recipe, train, test.first(options.images), out=Path(folder), precision=options.precision
         )
-        for module in trainer.learner.model.modules():
-            if isinstance(module, nn.PReLU):
-                nn.init.constant_(module.weight, setting.slope)
+        set_slopes(trainer.learner.model, setting.slope)
         fresh = deepcopy(trainer.learner.model)
         update_bn(normalise(train.pixels[:1000], entry.dataset).split(125), fresh)
         observations += observe(fresh.eval(), setting.name, 0, images)
@@ -136,6 +140,36 @@ def run(setting: Setting, train: Split, test: Split, options: argparse.Namespace
     lines = [",".join(COLUMNS)]
     lines += [",".join(map(str, (*astuple(each), *errors))) for each in observations]
     write_whole(options.out / f"{setting.name}.csv", "\n".join(lines) + "\n")
+
+
+def set_slopes(model: nn.Module, slope: float) -> None:
+    """Has all trees' PReLUs begin with one slope."""
+    for module in model.modules():
+        if isinstance(module, nn.PReLU):
+            nn.init.constant_(module.weight, slope)
+
+
+def load_splits(data: Path | None, tag: str) -> tuple[Split, Split]:
+    """Training and test images of a data set."""
+    directory, dataset = data_directory(data), DATASETS[tag]
+    return load_split(directory, dataset, "train"), load_split(directory, dataset, "test")
+
+
+def show_untrained(train: Split, test: Split, seeds: int, slope: float = 0.0) -> None:
+    """Prints how far gates move in models with random weights, once BatchNorm is measured, in Markdown."""
+    rows = [["model", "g", "static gates, seed by seed", "largest width"]]
+    for backbone, size in UNTRAINED:
+        entry, static, widths = ENTRIES[f"{backbone}_tam.cifar100"], [], []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = timm.create_model(entry.name, group_size=size)
+            set_slopes(model, slope)
+            update_bn(normalise(train.pixels, entry.dataset).split(125), model)
+            gates = measure_gates(model.eval(), normalise(test.pixels, entry.dataset).split(125))
+            static.append(f"{sum(gate.width <= GATE_TOLERANCE for gate in gates)} of {len(gates)}")
+            widths += [gate.width for gate in gates]
+        rows.append([entry.model, str(size), ", ".join(static), f"{max(widths):.0e}"])
+    print(table(rows))
 
 
 def rows_of(folder: Path) -> Iterator[dict[str, str]]:
@@ -188,8 +222,9 @@ def show(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m export.gate_study")
     commands = parser.add_subparsers(required=True, dest="command")
-    train = commands.add_parser("run")
-    train.add_argument("--data", type=Path, help="default: $TAMZOO_DATA")
+    train, untrained = commands.add_parser("run"), commands.add_parser("untrained")
+    for command in (train, untrained):
+        command.add_argument("--data", type=Path, help="default: $TAMZOO_DATA")
     train.add_argument("--out", type=Path, required=True)
     train.add_argument("--only", nargs="+", help="names of settings", choices=[s.name for s in SETTINGS])
     train.add_argument("--epochs", type=int, default=10)
@@ -197,10 +232,16 @@ def main() -> None:
     train.add_argument("--images", type=int, default=500, help="test images to measure gates on")
     train.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     commands.add_parser("show").add_argument("out", type=Path)
+    untrained.add_argument("--seeds", type=int, default=3)
+    untrained.add_argument("--slope", type=float, default=0.0, help="of the trees' PReLUs; 1: no ReLU")
+    untrained.add_argument("--images", type=int, default=250, help="for BatchNorm, and to measure gates on")
     options = parser.parse_args()
     with one_sentence():
         if options.command == "show":
             show(options.out)
+        elif options.command == "untrained":
+            splits = (split.first(options.images) for split in load_splits(options.data, "cifar100"))
+            show_untrained(*splits, options.seeds, options.slope)
         else:
             run_all(options)
 
@@ -213,9 +254,7 @@ def run_all(options: argparse.Namespace) -> None:
     """
     if options.images < 2 or options.train_images < 1 or options.epochs < 1:
         raise ValueError("expected --images of at least 2, and --train-images and --epochs of at least 1")
-    dataset = ENTRIES["resnet20_tam.cifar10"].dataset
-    directory = data_directory(options.data)
-    whole, test = (load_split(directory, dataset, split) for split in ("train", "test"))
+    whole, test = load_splits(options.data, "cifar10")
     train_split = whole.first(options.train_images)
     options.out.mkdir(parents=True, exist_ok=True)
     for setting in SETTINGS:

@@ -28,9 +28,10 @@ from tamzoo.data import Split, data_directory, load_split
 from tamzoo.datasets import Dataset
 from tamzoo.deploy import PARITY_IMAGES, Deployment, Run, as_input, deployment
 from tamzoo.evaluate import logits_of, score_of
+from tamzoo.fold import plain_name
 from tamzoo.latency import time_in_turns
 from tamzoo.onnx_export import export_deployment, onnx_libraries, open_session, runner
-from tamzoo.program_export import export_plain, export_program, load_program, plain_name
+from tamzoo.program_export import export_plain, export_program, load_program
 from tamzoo.quantise import calibration_of, export_int8
 from tamzoo.results import csv_text
 from tamzoo.terminal import bar, one_sentence, table

@@ -71,7 +71,8 @@ class TAM(nn.Module):
         return float(self.gate(weight.new_zeros(1, self.channels, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:  # the weights, or the statistics before them, are about to move
+        # the weights, or the statistics before them, are about to move; a trace of torch.fx moves nothing
+        if self.training and not isinstance(x, torch.fx.Proxy):
             self.forget_gate()
         return gated(x, self.tree)
 

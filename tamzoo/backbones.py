@@ -57,7 +57,10 @@ class GatedBlock:
                 f"{self.last_affine} ({type(layer).__name__}) may do more than scale and shift: by its type, "
                 "by a hook or by another forward"
             )
-        mean, low, high = self.se.measured_gate.double().tolist()
+        measured = self.se.measured_gate
+        if isinstance(self.se, TAM) and measured.dtype not in (torch.float32, torch.float64):
+            return f"its measurement was rounded to {measured.dtype}, which hides movement; measure it again"
+        mean, low, high = measured.double().tolist()
         if high == 0.0:
             return "not measured since its weights last changed"
         if not low <= mean <= high:

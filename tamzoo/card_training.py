@@ -15,9 +15,11 @@ def training(record: Record) -> str:
         ("recipe", _recipe(record)),
         (
             "optimizer",
-            f"SGD, learning rate {recipe.get('lr'):g}, momentum {recipe.get('momentum'):g}"
-            f"{' (Nesterov)' if recipe.get('nesterov') else ''}, weight decay {recipe.get('weight_decay'):g}",
+            f"SGD, momentum {recipe.get('momentum'):g}{' (Nesterov)' if recipe.get('nesterov') else ''}, "
+            f"weight decay {recipe.get('weight_decay'):g}",
         ),
+        ("learning rate", _learning_rate(recipe)),
+        ("regularisation", _regularisation(recipe)),
         ("data", ", then ".join(dict.fromkeys(map(_data, record.runs)))),
         ("selection", record.selection),
         ("seed", str(record.seed)),
@@ -49,6 +51,25 @@ def _recipe(record: Record) -> str:
     return (
         f"{recipe.get('name', '')}, {record.epochs} epochs, batch {recipe.get('batch_size')}{_small(recipe)}"
     )
+
+
+def _learning_rate(recipe: dict[str, Any]) -> str:
+    points = ", ".join(f"{multiple * recipe['lr']:g} at {at:.0%}" for at, multiple in recipe["lr_points"])
+    return f"{points} of the training, straight lines between"
+
+
+def _regularisation(recipe: dict[str, Any]) -> str:
+    """Of which the paper has crops and flips only."""
+    padding, cutout = recipe.get("crop_padding"), recipe.get("cutout")
+    smoothing, decay = recipe.get("label_smoothing"), recipe.get("ema_decay")
+    told = (
+        f"crops of images padded by {padding} pixels" if padding else "",
+        "flips" if recipe.get("flip") else "",
+        f"squares of {cutout} pixels cut out" if cutout else "",
+        f"labels smoothed by {smoothing:g}" if smoothing else "",
+        f"stored: a running average of the weights (decay {decay:g})" if decay else "",
+    )
+    return ", ".join(filter(None, told)) or "none"
 
 
 def _earlier(record: Record) -> Iterable[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
+import timm
 from torch import nn
 
 from tamzoo.attention import GATE_TOLERANCE
@@ -50,8 +51,8 @@ def reparameterize_model(
 ) -> nn.Module:
     """Folds every static gate and removes its module; a gate that is not static stays.
 
-    A fully folded model has exactly the modules and parameters of the plain backbone. The report is in
-    the returned model's `fold_report`.
+    A fully folded model has exactly the modules and parameters of the plain backbone, and its name. The
+    report is in the returned model's `fold_report`.
 
     Args:
         gates: From `measure_gates`; where None, the measurements that the checkpoint carries.
@@ -95,8 +96,24 @@ def reparameterize_model(
                 folded[f"{name}.se"] = constant
             else:
                 kept[f"{name}.se"] = reason
+    if not kept:
+        _call_plain(model)
     model.fold_report = FoldReport(folded=folded, kept=kept, tolerance=tolerance)  # pyright: ignore
     return model
+
+
+def plain_name(name: str) -> str:
+    """`architecture` or `architecture.tag` of the backbone without attention."""
+    architecture, dot, tag = name.partition(".")
+    return f"{architecture.rpartition('_')[0]}_plain{dot}{tag}"
+
+
+def _call_plain(model: nn.Module) -> None:
+    """Has a model's configuration name the plain backbone, as which timm will load what it saves of it."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and timm.is_model(plain := plain_name(cfg.get("architecture", ""))):
+        model.pretrained_cfg = model.default_cfg = cfg | {"architecture": plain}  # pyright: ignore
+        getattr(model, "_model_args", {}).pop("group_size", None)  # which timm saves, too
 
 
 def report_of(folded: nn.Module) -> FoldReport:

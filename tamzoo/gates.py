@@ -189,5 +189,7 @@ def remember_gates(model: nn.Module, gates: Iterable[GateStats]) -> None:
     for stats in gates:
         if stats.name not in modules:
             raise ValueError(f"the model has no gate {stats.name!r}; it has {', '.join(modules) or 'none'}")
-        buffer = modules[stats.name].measured_gate
-        buffer.copy_(buffer.new_tensor([stats.mean, stats.min, stats.max]))
+        gate = modules[stats.name]
+        # a loader that sets tensors one by one, as transformers' does, may have put 16 bits there
+        gate.measured_gate = gate.measured_gate.float()
+        gate.measured_gate.copy_(gate.measured_gate.new_tensor([stats.mean, stats.min, stats.max]))

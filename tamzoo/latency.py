@@ -12,7 +12,9 @@ from tamzoo.records import Timing
 def time_in_turns(
     programs: dict[str, Callable[[], object]], rounds: int = 50, warmup: int = 5, progress: Progress = silent
 ) -> list[Timing]:
-    """Runs every program once a round, in rotating order, and compares each with the first, round by round.
+    """Runs every program once a round, in shuffled order, and compares each with the first, round by round.
+
+    In an order that only rotates, each would nearly always follow the same other one, and find its caches.
 
     Args:
         programs: Name -> what to call; the first is the baseline of the ratios.
@@ -21,9 +23,9 @@ def time_in_turns(
     """
     names = list(programs)
     taken = np.empty((rounds + warmup, len(names)))  # ms
+    orders = np.random.default_rng(0)
     for turn in progress(range(rounds + warmup), "Timing"):
-        for place in range(len(names)):
-            index = (place + turn) % len(names)
+        for index in orders.permutation(len(names)):
             began = time.perf_counter()
             programs[names[index]]()
             taken[turn, index] = 1e3 * (time.perf_counter() - began)

@@ -11,16 +11,11 @@ from safetensors.torch import save
 
 from tamzoo.checkpoint import HEAD, load_weights
 from tamzoo.deploy import Deployment, Parity, Run, as_input, as_texts, told_of, write_checked
+from tamzoo.fold import plain_name
 from tamzoo.onnx_export import ByteInput, export_deployment
 from tamzoo.progress import Progress, silent
 
 TOLD = "tamzoo.json"  # in a .pt2 archive: what ONNX files hold as metadata
-
-
-def plain_name(name: str) -> str:
-    """`architecture.tag` of the backbone without attention."""
-    architecture, _, tag = name.partition(".")
-    return f"{architecture.rpartition('_')[0]}_plain.{tag}"
 
 
 def export_plain(made: Deployment, path: Path, *, uint8: bool = False, progress: Progress = silent) -> Parity:

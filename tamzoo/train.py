@@ -248,8 +248,6 @@ class Run:
         """Trains to the epoch's end, where the clock lets it; says whether it got there."""
         self.learner.model.train()
         epoch, begin = divmod(self.step, self.steps_per_epoch)
-        if not begin:
-            self._losses.zero_()
         order = torch.Generator().manual_seed(seed_of(self.seed, epoch, salt=1))
         permutation = torch.randperm(len(self.train_split), generator=order).to(self.device)
         started, seconds = time.monotonic(), self.seconds

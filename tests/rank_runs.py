@@ -49,6 +49,7 @@ def train(out: Path, world: World | None = None) -> None:
 def train_as_rank(out: Path) -> None:
     with join() as world:
         assert world.size > 1
+        assert world.first_says(world.first) and not world.first_says(not world.first)
         train(out, world)
 
 

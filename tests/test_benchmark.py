@@ -16,6 +16,7 @@ from export.benchmark_infer import check_load, describe, markdown
 from tamzoo.fold import FoldReport
 from tamzoo.records import Timing
 from tamzoo.terminal import one_sentence
+from tests.tiny_runs import random_split
 
 
 @pytest.fixture
@@ -203,6 +204,14 @@ def test_the_table_has_a_row_a_program():
         "|---|---|---|---|---|",
         "| plain | 2.00 ms | 1.00 (1.00 to 1.00) | 2.00 ms | 1.00 (1.00 to 1.00) |",
     ]
+
+
+def test_gates_stand_still_before_training_in_the_deepest_tree_alone(monkeypatch, capsys):
+    monkeypatch.setattr(gate_study, "UNTRAINED", (("resnet18", 2), ("resnet18", 64)))
+    gate_study.show_untrained(random_split(8, 0), random_split(8, 1), seeds=1)
+    deep, flat = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:])
+    assert deep[:2] == ["| resnet18_tam", "2"] and 3 <= int(deep[2].removesuffix(" of 8")) < 8
+    assert flat[:3] == ["| resnet18_tam", "64", "0 of 8"] and 0.1 < float(flat[3].removesuffix(" |")) <= 1
 
 
 @pytest.mark.parametrize(

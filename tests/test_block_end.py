@@ -61,6 +61,18 @@ def test_joined_blocks_train_as_timms_do(kind, compiled):
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("name", ["aa", "drop_block"])
+def test_joined_blocks_keep_what_timm_puts_between_their_layers(kind, name):
+    blocks, x = stage(kind), noise(2, 4, 5, 7)
+    for block in blocks:
+        setattr(block, name, nn.Sigmoid())
+    joined = deepcopy(blocks)
+    assert join_ends(joined) == 2
+    torch.testing.assert_close(joined(x), blocks(x))
+
+
+@needs_compiler
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_joined_block_keeps_nothing_for_the_gate(compiled):
     """What the backward pass keeps: of a plain block, and of that and the tree's small parameters."""
@@ -111,6 +123,7 @@ def test_numbers_that_are_not_finite_stay_so():
         {"act_layer": nn.LeakyReLU},
         {"norm_layer": lambda *args, **made: nn.BatchNorm2d(*args, momentum=None, **made)},
         {"norm_layer": lambda *args, **made: nn.BatchNorm2d(*args, affine=False, **made)},
+        {"norm_layer": lambda *args, **made: nn.BatchNorm2d(*args, track_running_stats=False, **made)},
         {"norm_layer": nn.SyncBatchNorm},
     ],
 )
@@ -157,7 +170,7 @@ def test_a_joined_block_that_was_folded_trains_without_its_gate():
 
 
 def test_blocks_with_hooks_are_left_alone():
-    for name in ("bn2", "se", "act2"):
+    for name in ("bn2", "se", "se.tree.0", "act2"):
         blocks = stage(BasicBlock)
         blocks[0].get_submodule(name).register_forward_hook(lambda *given: None)
         assert join_ends(blocks) == 1

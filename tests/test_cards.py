@@ -17,6 +17,7 @@ from timm.models import get_pretrained_cfg
 from tamzoo import hub
 from tamzoo.cards import card_files, config_json, eval_results, render_card
 from tamzoo.catalogue import ENTRIES
+from tamzoo.records import read_record
 from tamzoo.verify import stored_analysis, stored_golden, stored_run, verify_folder, write_cards
 from tests.hub_server import client_validates_anywhere, running_hub
 from tests.standins import a_record, draw, stand_in
@@ -38,8 +39,6 @@ def test_there_is_a_folder_for_every_entry_and_no_other():
 def test_every_stored_card_equals_its_rendering(name):
     folder, record = CARDS / name, None
     if ENTRIES[name].trained:
-        from tamzoo.records import read_record
-
         record = read_record(folder / "record.json")
     analysis, run = stored_analysis(folder), stored_run(ENTRIES[name], folder)
     files = card_files(ENTRIES[name], record, stored_golden(folder), analysis=analysis, run=run)
@@ -112,6 +111,18 @@ def test_a_trained_card_shows_ours_beside_the_papers(name):
     assert ("non-commercial" in text) == (entry.dataset.tag == "svhn")
     assert ("## Gates" in text) == (entry.attention == "tam")
     assert "$" not in text
+
+
+def test_a_card_tells_of_schedule_and_regularisation():
+    entry = ENTRIES["resnet50_tam.cifar100"]
+    short, paper = (render_card(entry, a_record(entry, recipe=recipe)) for recipe in ("short", "paper"))
+    assert "| learning rate | 0.06 at 0%, 0.6 at 20%, 0 at 100% of the training, straight" in short
+    assert (
+        "| regularisation | crops of images padded by 4 pixels, flips, squares of 8 pixels cut out, labels "
+        "smoothed by 0.1, stored: a running average of the weights (decay 0.995) |" in short
+    )
+    assert "| learning rate | 0.1 at 0%, 0.1 at 50%, 0.01 at 50%, 0.01 at 75%, 0.001 at 75%" in paper
+    assert "| regularisation | crops of images padded by 4 pixels, flips |" in paper
 
 
 def test_a_card_tells_of_training_on_small_images():

@@ -122,6 +122,14 @@ def test_an_answer_that_is_not_a_number_fails_even_where_the_model_says_the_same
     assert not parity.passed and math.isnan(parity.max_difference)
 
 
+@pytest.mark.parametrize("wrong", [1.0, math.nan])
+def test_what_differs_in_one_batch_alone_fails(wrong):
+    model = timm.create_model("resnet20_plain.cifar10").eval()
+    off = iter((wrong, 0.0))
+    parity = check_parity(lambda x: model(x) + next(off), model, CIFAR10, PIXELS[:128], program="off")
+    assert not parity.passed and not parity.max_difference < 0.99
+
+
 def test_what_cannot_be_exported_or_opened_is_refused(tmp_path):
     model = timm.create_model("resnet20_plain.cifar10").eval()
     with pytest.raises(ValueError, match="at least 256 images, got 10"):

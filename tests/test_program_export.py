@@ -120,6 +120,13 @@ def test_not_every_gate_that_folds_is_proven():
     assert report and len(report.folded) == 3 and report.proven == ("layer1.0.se", "layer2.0.se")
 
 
+def test_proofs_are_of_the_inputs_that_the_model_takes():
+    """Of a large standard deviation these hardly differ, and all six gates are proven, not four."""
+    like = {"pretrained_cfg_overlay": {"std": (1e6,) * 3}}
+    report = deployment(timm.create_model("wrn16_8_tam.cifar100", pretrained=True, **like).eval()).report
+    assert report and len(report.folded) == len(report.proven or ()) == 6
+
+
 @pytest.mark.parametrize("uint8", [False, True])
 def test_a_program_answers_for_any_batch_and_tells_what_an_onnx_file_tells(made, tmp_path, uint8):
     path = tmp_path / "model.pt2"

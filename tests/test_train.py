@@ -94,8 +94,8 @@ def test_a_run_stopped_inside_an_epoch_ends_as_one_left_alone(tmp_path, alone):
         watch = steps(stop)
         watch.run = run = tiny_run(tmp_path, resume=True, snapshot_seconds=math.inf)
         assert not run.train(watch=watch) and run.step == stop
-    run = tiny_run(tmp_path, resume=True)
-    assert run.step == 6 and run.train()
+    seconds, run = run.seconds, tiny_run(tmp_path, resume=True)
+    assert run.step == 6 and run.seconds == seconds > 0 and run.train() and run.seconds > seconds
     assert_same(state_of(tmp_path), state_of(alone))
     finish(run)
     assert sha256_of(tmp_path / "model.safetensors") == sha256_of(alone / "model.safetensors")
@@ -127,6 +127,12 @@ def test_the_seed_decides_everything(tmp_path, alone):
     assert_same(state_of(tmp_path / "same"), state_of(alone))
     found, expected = state_of(tmp_path / "other"), state_of(alone)
     assert not torch.equal(found["model.conv1.weight"], expected["model.conv1.weight"])
+
+
+def test_seeds_share_neither_order_nor_augmentation():
+    longest = 300 * 391  # steps
+    streams = [seed_of(seed, index, salt) for seed in range(3) for index in range(longest) for salt in (1, 2)]
+    assert len(set(streams)) == len(streams)
 
 
 def test_a_step_is_that_of_a_plain_loop(tmp_path):
@@ -267,9 +273,10 @@ def test_the_average_follows_its_formula(tmp_path):
 
 
 def test_without_an_average_the_model_itself_is_stored(tmp_path):
-    run = tiny_run(tmp_path, recipe=replace(RECIPE, ema_decay=0.0, epochs=1))
+    run = tiny_run(tmp_path, recipe=replace(RECIPE, ema_decay=0.0, epochs=2))
     run.train()
     assert run.learner.kept is run.learner.model
+    assert run.learner.model.get_buffer("bn1.num_batches_tracked") == 6  # after a test it trains on
     assert not any(name.startswith("ema.") for name in state_of(tmp_path))
 
 
@@ -429,6 +436,12 @@ def test_a_damaged_snapshot_falls_back_to_the_one_before(stopped, alone, damage,
     assert_same(state_of(stopped), state_of(alone))
 
 
+def test_snapshots_of_another_model_are_refused(stopped):
+    snapshots.save_snapshot(stopped, 6, state_of(stopped) | {"model.other": torch.zeros(1)}, {"seconds": "1"})
+    with pytest.raises(ValueError, match="its snapshots are of another model; choose another --out"):
+        tiny_run(stopped, resume=True)
+
+
 def test_without_a_whole_snapshot_nothing_is_guessed(stopped):
     for path in stopped.glob("snapshot-*"):
         cut(path)
@@ -462,6 +475,21 @@ def test_an_epoch_that_cannot_be_written_is_written_later(tmp_path, monkeypatch,
     monkeypatch.setattr(journal, "whole_file", full_once)
     assert tiny_run(tmp_path).train()
     assert "no space left; the epoch's line will be written later" in caplog.text
+    assert [row["epoch"] for row in journal.read_log(tmp_path)] == [1, 2, 3]
+
+
+def test_an_epoch_that_is_trained_again_has_one_line(tmp_path):
+    watch = steps(1)
+    watch.run = run = tiny_run(tmp_path, snapshot_seconds=math.inf)
+    assert not run.train(watch=watch)
+
+    def be_lost(row) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path, resume=True, snapshot_seconds=math.inf).train(report=be_lost)
+    run = tiny_run(tmp_path, resume=True)
+    assert run.step == 1 and run.train()
     assert [row["epoch"] for row in journal.read_log(tmp_path)] == [1, 2, 3]
 
 
@@ -691,9 +719,11 @@ def test_a_watch_sees_where_the_run_is(tmp_path):
 
 def test_bfloat16_trains_on_a_cpu(tmp_path):
     run = tiny_run(tmp_path, recipe=replace(RECIPE, epochs=1), precision="bfloat16")
-    seen = []
+    seen, kinds = [], set()
+    run.learner.model.layer1.register_forward_hook(lambda layer, given, x: kinds.add(x.dtype))
     run.train(watch=lambda moment: seen.append(moment.loss))
-    assert all(math.isfinite(loss) for loss in seen)
+    assert all(math.isfinite(loss) for loss in seen) and kinds == {torch.bfloat16}
+    assert run.learner.learn(run.train_split, torch.arange(8), 0, 0.0).dtype is torch.float32
     assert {p.dtype for p in run.learner.model.parameters()} == {torch.float32}
 
 

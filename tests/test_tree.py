@@ -87,6 +87,13 @@ def test_low_precision_is_close_to_float64(dtype, tolerance):  # tolerances: a f
         assert differs(one, other) < tolerance
 
 
+@needs_compiler
+def test_bfloat16_is_rounded_to_nearest():
+    module, x = shaken(64, torch.float32), images(4, 64, 7, 9, dtype=torch.bfloat16)
+    found, exact = module(x).double(), reference(module.double(), x.double())
+    assert ((found - exact).abs() <= 1.001 * 2**-8 * exact.abs()).all()  # half of its last bit
+
+
 def test_autocast_leaves_float32_input_in_float32():
     module, x = shaken(16, torch.float32), images(2, 16, 3, 3, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -154,10 +161,11 @@ def test_a_changed_tree_gives_what_its_layers_give(change):
     assert differs(module(x), reference(module, x)) < 1e-12
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @pytest.mark.parametrize("path", ["tree", "tree.0"])
-def test_hooks_of_the_backward_pass_are_called(path):
+def test_hooks_of_the_backward_pass_are_called(path, register):
     module, x, seen = shaken(16), images(2, 16, 3, 3), []
-    module.get_submodule(path).register_full_backward_hook(lambda *given: seen.append(given))
+    getattr(module.get_submodule(path), register)(lambda *given: seen.append(given))
     module(x).sum().backward()
     assert len(seen) == 1
 
@@ -357,12 +365,16 @@ def test_kernels_that_others_could_have_written_are_not_run(tmp_path, monkeypatc
 
 
 @needs_compiler
-def test_each_kind_of_cpu_has_kernels_of_its_own(tmp_path, monkeypatch):
-    """In a cache that machines share; -march=native tells the kind of CPU by macros."""
+def test_each_kind_of_cpu_and_each_source_has_kernels_of_its_own(tmp_path, monkeypatch):
+    """In a cache that machines and versions share; -march=native tells the kind of CPU by macros."""
     monkeypatch.setenv("TAMZOO_CACHE", str(tmp_path))
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     built = [tree_cpu._build([*compiler, *macro]) for macro in ([], ["-D__OTHER_CPU__"], [])]
     assert built[0] == built[2] != built[1]
+    monkeypatch.setattr(tree_cpu, "SOURCE", tmp_path / "other.cpp")
+    tree_cpu.SOURCE.touch()
+    built.append(tree_cpu._build(compiler))
+    assert built[3] not in built[:3]
     assert sorted(program_folder("kernels").iterdir()) == sorted(set(built))
 
 
@@ -402,6 +414,12 @@ def test_the_levels_that_cuda_computes_are_those_of_the_tree(channels, group_siz
     assert all(differs(one, other) < 1e-12 for one, other in pairs)
 
 
+def test_the_levels_that_cuda_computes_leave_bfloat16_as_narrow():
+    module, x = shaken(16, torch.float32, group_size=4), images(2, 16, 3, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tree.by_levels(x, module.tree).dtype is torch.bfloat16
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that is not there")
 def test_where_triton_cannot_run_the_log_says_so(caplog):
     tree_triton = pytest.importorskip("tamzoo.tree_triton")
@@ -409,6 +427,11 @@ def test_where_triton_cannot_run_the_log_says_so(caplog):
     assert not tree_triton.works() and not tree_triton.works()
     (message,) = caplog.messages  # once
     assert "layer by layer" in message and "Triton fails on this GPU" in message
+
+
+def test_a_dtype_without_kernels_is_computed_plainly():
+    module, x = shaken(16, torch.float16), images(2, 16, 3, 3, dtype=torch.float16)
+    assert torch.equal(module(x), reference(module, x))
 
 
 def test_empty_batch_passes():
