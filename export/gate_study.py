@@ -156,7 +156,13 @@ def load_splits(data: Path | None, tag: str) -> tuple[Split, Split]:
 
 
 def show_untrained(train: Split, test: Split, seeds: int, slope: float = 0.0) -> None:
-    """Prints how far gates move in models with random weights, once BatchNorm is measured, in Markdown."""
+    """Prints how far gates move in models with random weights, once BatchNorm is measured, in Markdown.
+
+    Raises:
+        ValueError: fewer than one seed, or than two test images.
+    """
+    if seeds < 1:
+        raise ValueError(f"expected --seeds of at least 1, got {seeds}")
     rows = [["model", "g", "static gates, seed by seed", "largest width"]]
     for backbone, size in UNTRAINED:
         entry, static, widths = ENTRIES[f"{backbone}_tam.cifar100"], [], []
@@ -240,8 +246,9 @@ def main() -> None:
         if options.command == "show":
             show(options.out)
         elif options.command == "untrained":
-            splits = (split.first(options.images) for split in load_splits(options.data, "cifar100"))
-            show_untrained(*splits, options.seeds, options.slope)
+            train_split, test_split = load_splits(options.data, "cifar100")
+            n = options.images
+            show_untrained(train_split.first(n), test_split.first(n), options.seeds, options.slope)
         else:
             run_all(options)
 
