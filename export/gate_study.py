@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from tamzoo.attention import GATE_TOLERANCE
+from tamzoo.attention import GATE_TOLERANCE, TAM
 from tamzoo.backbones import GatedBlock
 from tamzoo.card_texts import table
 from tamzoo.catalogue import ENTRIES
@@ -46,10 +46,13 @@ class Setting:
     model: str
     weight_decay: float
     slope: float  # of the trees' PReLUs at initialisation
+    live: bool = False  # trees begin as `enliven` leaves them
+    seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.model}-wd{self.weight_decay:g}-slope{self.slope:g}"
+        start = f"live-seed{self.seed}" if self.live else f"slope{self.slope:g}"
+        return f"{self.model}-wd{self.weight_decay:g}-{start}"
 
 
 SETTINGS = (
@@ -60,6 +63,13 @@ SETTINGS = (
         for slope in (0.0, 0.25)
     ),
     Setting(model="resnet18", weight_decay=5e-4, slope=0.0),
+)
+
+# Of the networks of "Is it the tree at all?" in README.md, those that two CPU cores train to the end.
+LIVE = tuple(
+    Setting(model=model, weight_decay=SHORT_CPU.weight_decay, slope=0.25, live=True, seed=seed)
+    for model, seeds in (("resnet20", 3), ("wrn10_4", 1))
+    for seed in range(seeds)
 )
 
 UNTRAINED = (("resnet50", 2), ("resnext50_32x4d", 2), *(("resnet18", size) for size in GROUP_SIZES))
@@ -127,9 +137,17 @@ def run(setting: Setting, train: Split, test: Split, options: argparse.Namespace
 
     with TemporaryDirectory() as folder:
         trainer = Run(
-            entry, recipe, train, test.first(options.images), out=Path(folder), precision=options.precision
+            entry,
+            recipe,
+            train,
+            test.first(options.images),
+            out=Path(folder),
+            seed=setting.seed,
+            precision=options.precision,
         )
         set_slopes(trainer.learner.model, setting.slope)
+        if setting.live:
+            enliven(trainer.learner.model, normalise(train.pixels[:250], entry.dataset))
         fresh = deepcopy(trainer.learner.model)
         update_bn(normalise(train.pixels[:1000], entry.dataset).split(125), fresh)
         observations += observe(fresh.eval(), setting.name, 0, images)
@@ -149,13 +167,40 @@ def set_slopes(model: nn.Module, slope: float) -> None:
             nn.init.constant_(module.weight, slope)
 
 
+@torch.no_grad()
+def enliven(model: nn.Module, images: Tensor) -> None:
+    """Scales all trees' convolutions so that each node gives mean 0 and variance 1 over these images.
+
+    That is the layer-sequential unit variance of Mishkin and Matas (2016), for nodes in place of layers.
+
+    Args:
+        model: In training mode.
+        images: (n, c, h, w), normalised.
+    """
+
+    def scale(tam: TAM, inputs: tuple[Tensor]) -> None:
+        (h,) = inputs
+        for layer in tam.tree:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.zeros_(layer.bias)
+                std, mean = torch.std_mean(layer(h), dim=(0, 2, 3))
+                layer.weight.div_(std[:, None, None, None])
+                layer.bias.sub_(mean / std)
+            h = layer(h)
+
+    hooks = [tam.register_forward_pre_hook(scale) for tam in gates_of(model).values()]
+    model(images)  # a tree sees what the ones before it have become
+    for hook in hooks:
+        hook.remove()
+
+
 def load_splits(data: Path | None, tag: str) -> tuple[Split, Split]:
     """Training and test images of a data set."""
     directory, dataset = data_directory(data), DATASETS[tag]
     return load_split(directory, dataset, "train"), load_split(directory, dataset, "test")
 
 
-def show_untrained(train: Split, test: Split, seeds: int, slope: float = 0.0) -> None:
+def show_untrained(train: Split, test: Split, seeds: int, slope: float = 0.0, live: bool = False) -> None:
     """Prints how far gates move in models with random weights, once BatchNorm is measured, in Markdown.
 
     Raises:
@@ -170,6 +215,8 @@ def show_untrained(train: Split, test: Split, seeds: int, slope: float = 0.0) ->
             torch.manual_seed(seed)
             model = timm.create_model(entry.name, group_size=size)
             set_slopes(model, slope)
+            if live:
+                enliven(model, normalise(train.pixels, entry.dataset))
             update_bn(normalise(train.pixels, entry.dataset).split(125), model)
             gates = measure_gates(model.eval(), normalise(test.pixels, entry.dataset).split(125))
             static.append(f"{sum(gate.width <= GATE_TOLERANCE for gate in gates)} of {len(gates)}")
@@ -232,7 +279,9 @@ def main() -> None:
     for command in (train, untrained):
         command.add_argument("--data", type=Path, help="default: $TAMZOO_DATA")
     train.add_argument("--out", type=Path, required=True)
-    train.add_argument("--only", nargs="+", help="names of settings", choices=[s.name for s in SETTINGS])
+    train.add_argument(
+        "--only", nargs="+", help="names of settings", choices=[s.name for s in SETTINGS + LIVE]
+    )
     train.add_argument("--epochs", type=int, default=10)
     train.add_argument("--train-images", type=int, default=10_000)
     train.add_argument("--images", type=int, default=500, help="test images to measure gates on")
@@ -240,6 +289,7 @@ def main() -> None:
     commands.add_parser("show").add_argument("out", type=Path)
     untrained.add_argument("--seeds", type=int, default=3)
     untrained.add_argument("--slope", type=float, default=0.0, help="of the trees' PReLUs; 1: no ReLU")
+    untrained.add_argument("--live", action="store_true", help="scale trees until each node varies")
     untrained.add_argument("--images", type=int, default=250, help="for BatchNorm, and to measure gates on")
     options = parser.parse_args()
     with one_sentence():
@@ -248,7 +298,9 @@ def main() -> None:
         elif options.command == "untrained":
             train_split, test_split = load_splits(options.data, "cifar100")
             n = options.images
-            show_untrained(train_split.first(n), test_split.first(n), options.seeds, options.slope)
+            show_untrained(
+                train_split.first(n), test_split.first(n), options.seeds, options.slope, options.live
+            )
         else:
             run_all(options)
 
@@ -264,9 +316,11 @@ def run_all(options: argparse.Namespace) -> None:
     whole, test = load_splits(options.data, "cifar10")
     train_split = whole.first(options.train_images)
     options.out.mkdir(parents=True, exist_ok=True)
-    for setting in SETTINGS:
-        wanted = not options.only or setting.name in options.only
-        if wanted and not (options.out / f"{setting.name}.csv").exists():
+    chosen = (
+        [setting for setting in SETTINGS + LIVE if setting.name in options.only] if options.only else SETTINGS
+    )
+    for setting in chosen:
+        if not (options.out / f"{setting.name}.csv").exists():
             run(setting, train_split, test, options)
 
 

@@ -13,9 +13,11 @@ from export import benchmark, gate_study
 from export.benchmark import Trainer
 from export.benchmark_gate import print_rates
 from export.benchmark_infer import check_load, describe, markdown
+from tamzoo.attention import TAM
 from tamzoo.fold import FoldReport
 from tamzoo.records import Timing
 from tamzoo.terminal import one_sentence
+from tamzoo.tree import climb
 from tests.tiny_runs import random_split
 
 
@@ -204,6 +206,24 @@ def test_the_table_has_a_row_a_program():
         "|---|---|---|---|---|",
         "| plain | 2.00 ms | 1.00 (1.00 to 1.00) | 2.00 ms | 1.00 (1.00 to 1.00) |",
     ]
+
+
+def test_live_trees_vary_at_every_node():
+    torch.manual_seed(0)
+    first, second = TAM(512), TAM(512)
+    model, x = torch.nn.Sequential(first, torch.nn.Conv2d(512, 512, 1), second), torch.randn(8, 512, 8, 8)
+    for slope in (0.5, 0.25):
+        gate_study.set_slopes(model, slope)
+        assert climb(x, first.tree).std() < 1e-2
+    gate_study.enliven(model, x)
+    for tree, entering in ((first.tree, x), (second.tree, model[:2](x))):
+        for depth, layer in enumerate(tree):
+            if isinstance(layer, torch.nn.Conv2d):
+                std, mean = torch.std_mean(tree[: depth + 1](entering), dim=(0, 2, 3))
+                torch.testing.assert_close(std, torch.ones_like(std), rtol=1e-3, atol=0)
+                torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-3)
+            else:
+                assert (layer.weight == 0.25).all()
 
 
 def test_gates_stand_still_before_training_in_the_deepest_tree_alone(monkeypatch, capsys):
