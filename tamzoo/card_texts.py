@@ -91,7 +91,7 @@ options = dict(tag="$tag", pretrained=True, trust_repo=True)
 model = torch.hub.load("$source", "$model", **options).eval()
 ```
 
-With onnxruntime, without PyTorch:
+With onnxruntime, without PyTorch (`pip install onnxruntime huggingface_hub pillow`):
 
 ```python
 import json
@@ -151,7 +151,7 @@ import timm
 model = timm.create_model("$name")
 ```
 
-Train it with `tamzoo train $name --data DIR --out runs/$name`.
+Train it with `tamzoo train $name --data hub --out runs/$name`; large backbones want a GPU.
 
 ## Limits
 

@@ -55,7 +55,7 @@ def _recipe(record: Record) -> str:
 
 def _learning_rate(recipe: dict[str, Any]) -> str:
     points = ", ".join(f"{multiple * recipe['lr']:g} at {at:.0%}" for at, multiple in recipe["lr_points"])
-    return f"{points} of the training, straight lines between"
+    return f"{points} of the training, linear between"
 
 
 def _regularisation(recipe: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def _regularisation(recipe: dict[str, Any]) -> str:
         "flips" if recipe.get("flip") else "",
         f"squares of {cutout} pixels cut out" if cutout else "",
         f"labels smoothed by {smoothing:g}" if smoothing else "",
-        f"stored: a running average of the weights (decay {decay:g})" if decay else "",
+        f"weights averaged over steps (decay {decay:g})" if decay else "",
     )
     return ", ".join(filter(None, told)) or "none"
 

@@ -63,6 +63,8 @@ def render_card(
     c, h, w = entry.dataset.input_size
     elsewhere = f'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "{owner}"  # before tamzoo is imported\n\n'
     theirs = "; the paper's errors are of its best test epoch" if entry.paper else ""
+    if entry.paper and entry.attention == "tam" and (entry.paper.params_m or 0) - entry.params / 1e6 > 0.05:
+        theirs += ", its parameters more than its Eq. 2 has"
     note = f" ({record.score.data_note})" if record.score.data_note else ""
     return TRAINED.substitute(
         texts,
@@ -176,10 +178,10 @@ def _gates(gates: Sequence[GateStats]) -> str:
         for gate in gates
     ]
     return (
-        f"\n## Gates\n\nOver all positions of {gates[0].n:,} images; a gate with a standard deviation near 0 "
-        "is a number, and folds into the weights before it. The bounds hold for any input whose channels "
-        "stay in the ranges seen. The last column was followed from the pixels through all layers: proven is "
-        f"that no picture of this size, seen or not, moves the gate by more than {GATE_TOLERANCE:g}.\n\n"
+        f"\n## Gates\n\nOver all positions of {gates[0].n:,} images; `se` is timm's name for a block's "
+        "attention. A gate with a standard deviation near 0 is a number, and folds into the weights before "
+        "it. Bounds hold for any input whose channels stay in the ranges seen. Proven: no picture of this "
+        f"size, seen or not, moves the gate by more than {GATE_TOLERANCE:g}.\n\n"
         f"{table(rows)}\n\n![Mean and range of every gate](gates.png)\n"
     )
 

@@ -110,16 +110,17 @@ def test_a_trained_card_shows_ours_beside_the_papers(name):
         assert f"| paper, Table {entry.paper.table} | {entry.paper.top1_error:.2f} % |" in text
     assert ("non-commercial" in text) == (entry.dataset.tag == "svhn")
     assert ("## Gates" in text) == (entry.attention == "tam")
+    assert ("parameters more than its Eq. 2 has" in text) == (name == "resnet50_tam.cifar100")
     assert "$" not in text
 
 
 def test_a_card_tells_of_schedule_and_regularisation():
     entry = ENTRIES["resnet50_tam.cifar100"]
     short, paper = (render_card(entry, a_record(entry, recipe=recipe)) for recipe in ("short", "paper"))
-    assert "| learning rate | 0.06 at 0%, 0.6 at 20%, 0 at 100% of the training, straight" in short
+    assert "| learning rate | 0.06 at 0%, 0.6 at 20%, 0 at 100% of the training, linear" in short
     assert (
         "| regularisation | crops of images padded by 4 pixels, flips, squares of 8 pixels cut out, labels "
-        "smoothed by 0.1, stored: a running average of the weights (decay 0.995) |" in short
+        "smoothed by 0.1, weights averaged over steps (decay 0.995) |" in short
     )
     assert "| learning rate | 0.1 at 0%, 0.1 at 50%, 0.01 at 50%, 0.01 at 75%, 0.001 at 75%" in paper
     assert "| regularisation | crops of images padded by 4 pixels, flips |" in paper
