@@ -65,11 +65,10 @@ SETTINGS = (
     Setting(model="resnet18", weight_decay=5e-4, slope=0.0),
 )
 
-# Of the networks of "Is it the tree at all?" in README.md, those that two CPU cores train to the end.
+# As those of export/seed_runs, but for the trees' beginning.
 LIVE = tuple(
-    Setting(model=model, weight_decay=SHORT_CPU.weight_decay, slope=0.25, live=True, seed=seed)
-    for model, seeds in (("resnet20", 3), ("wrn10_4", 1))
-    for seed in range(seeds)
+    Setting(model="resnet20", weight_decay=SHORT_CPU.weight_decay, slope=0.25, live=True, seed=seed)
+    for seed in range(3)
 )
 
 UNTRAINED = (("resnet50", 2), ("resnext50_32x4d", 2), *(("resnet18", size) for size in GROUP_SIZES))
@@ -182,6 +181,7 @@ def enliven(model: nn.Module, images: Tensor) -> None:
         (h,) = inputs
         for layer in tam.tree:
             if isinstance(layer, nn.Conv2d):
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
                 std, mean = torch.std_mean(layer(h), dim=(0, 2, 3))
                 layer.weight.div_(std[:, None, None, None])

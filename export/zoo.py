@@ -36,7 +36,6 @@ from tamzoo.quantise import calibration_of, export_int8
 from tamzoo.results import csv_text
 from tamzoo.terminal import bar, one_sentence, table
 
-BATCH = 250
 ROUNDS = 50
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other format would fare better
 FLOAT32 = "model.onnx"
@@ -132,7 +131,7 @@ def export_formats(entry: Entry, folder: Path, train: Split, test: Split, rounds
         model = timm.create_model(entry.name, pretrained=True).eval()
         sha256 = entry.trained.sha256 if entry.trained else ""
         made = deployment(model, pixels=test.pixels[:PARITY_IMAGES], weights_sha256=sha256)
-        expected = logits_of(model, test, entry.dataset, BATCH, bar)
+        expected = logits_of(model, test, entry.dataset, bar)
     except Exception as error:
         return [replace(row, error=_reason(error)) for row in rows]
     calibration, runs = calibration_of(train), {}
@@ -140,7 +139,7 @@ def export_formats(entry: Entry, folder: Path, train: Split, test: Split, rounds
         path = folder / form.file
         try:
             form.write(made, path, calibration)
-            found = logits_of(form.load(made, path, 0), test, entry.dataset, BATCH, bar)
+            found = logits_of(form.load(made, path, 0), test, entry.dataset, bar)
             runs[index] = form.load(made, path, 1)
         except Exception as error:  # whatever an exporter raises, the next format is tried
             rows[index] = replace(rows[index], error=_reason(error))

@@ -2,13 +2,12 @@
 
 import io
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,32 +19,6 @@ from tamzoo.progress import Counted, Progress, silent
 from tamzoo.shards import Row
 
 MOST_WORKERS = 8  # each holds a batch and its activations; more cores go to the model's own threads
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What became of the rows of a batch or of a whole part.
-
-    Attributes:
-        table: A pyarrow table as `schema` says, a row for each of theirs, in their order.
-        model_s: Seconds in the model.
-    """
-
-    table: Any
-    model_s: float
-
-
-class Engine(Protocol):
-    """Where predictions are made."""
-
-    @property
-    def workers(self) -> int:
-        """How many run the model at the same time."""
-        ...
-
-    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Answer]]:
-        """The answer of each part, in any order, each once."""
-        ...
 
 
 def schema() -> Any:
@@ -65,8 +38,12 @@ def schema() -> Any:
     )
 
 
-def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
-    """The `top` likeliest classes of each row; one without a usable picture or answer gets an error."""
+def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Any:
+    """The `top` likeliest classes of each row; one without a usable picture or answer gets an error.
+
+    Returns:
+        A pyarrow table as `schema` says, with the rows in their order.
+    """
     import pyarrow as pa
 
     _, h, w = classifier.input_size
@@ -86,9 +63,7 @@ def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
             errors.append(None)
             places.append(n)
             n += 1
-    began = time.perf_counter()
     indices, probabilities = classifier.best(pixels[:n], top) if n else np.empty((2, 0, 1))
-    model_s = time.perf_counter() - began
     for index, place in enumerate(places):
         if place is not None and np.isnan(probabilities[place]).any():
             errors[index], places[index] = _utf8(f"{rows[index][0]}: {NO_PROBABILITIES}"), None
@@ -97,8 +72,7 @@ def answer(classifier: Classifier, rows: Sequence[Row], top: int = 5) -> Answer:
     columns = (*ranked.take(starts[:n]).flatten(), pa.ListArray.from_arrays(starts, ranked))
     taken = [column.take(pa.array(places, pa.int32())) for column in columns]
     paths = [_utf8(key) for key, _ in rows]
-    table = pa.table([paths, *taken, pa.array(errors, pa.string())], schema())
-    return Answer(table=table, model_s=model_s)
+    return pa.table([paths, *taken, pa.array(errors, pa.string())], schema())
 
 
 def _ranked(classifier: Classifier, indices: np.ndarray, probabilities: np.ndarray) -> Any:
@@ -129,23 +103,11 @@ def _utf8(text: str) -> str:
     return raw.decode(errors="replace")
 
 
-def joined(answers: Sequence[Answer]) -> Answer:
-    """The answer of a part from those of its batches."""
-    import pyarrow as pa
-
-    table = pa.concat_tables([each.table for each in answers])
-    return Answer(table=table, model_s=sum(each.model_s for each in answers))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def workers_and_threads() -> tuple[int, int]:
     """How many batches are worked on at once on this machine, and how many threads the model has for each."""
-    workers = min(cores(), MOST_WORKERS)
-    return workers, cores() // workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, MOST_WORKERS)
+    return workers, cores // workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,17 +124,19 @@ class Here:
     top: int = 5
     progress: Progress = silent
 
-    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Answer]]:
+    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
+        import pyarrow as pa
+
         steps = sum(-(-part.n // self.batch) for part in parts)
         answers = ahead(self._answer, batches_of(parts, self.batch), self.workers)
-        waiting: list[Answer] = []
-        for batch, found in self.progress(Counted(answers, steps), "Predicting"):
-            waiting.append(found)
+        tables: list[Any] = []  # of the batches of one part
+        for batch, table in self.progress(Counted(answers, steps), "Predicting"):
+            tables.append(table)
             if batch.last:
-                yield batch.part, joined(waiting)
-                waiting.clear()
+                yield batch.part, pa.concat_tables(tables)
+                tables.clear()
 
-    def _answer(self, batch: Batch) -> tuple[Batch, Answer]:
+    def _answer(self, batch: Batch) -> tuple[Batch, Any]:
         return batch, answer(self.classifier, batch.rows, self.top)
 
 

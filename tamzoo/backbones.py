@@ -107,20 +107,6 @@ class Bottleneck(GatedBlock, resnet.Bottleneck):
     last_affine = "bn3"
 
 
-def stem_conv(stem: str, in_chans: int, width: int, **made: Any) -> nn.Conv2d:
-    """A stem's convolution: 3x3 for 32-pixel images, 7x7 with stride 2 for 224.
-
-    Raises:
-        ValueError: no such stem.
-    """
-    if stem not in STEMS:
-        raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
-    size, stride = (3, 1) if stem == "3x3" else (7, 2)
-    conv = nn.Conv2d(in_chans, width, size, stride=stride, padding=size // 2, bias=False, **made)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
-
-
 class ResNet(resnet.ResNet):
     """timm's ResNet with a stem of any width for small or large images, and three or four stages.
 
@@ -133,12 +119,16 @@ class ResNet(resnet.ResNet):
     """
 
     def __init__(self, *args: Any, stem: str = "7x7", stem_width: int = 64, **kwargs: Any) -> None:
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         if stem == "3x3" and "output_stride" in kwargs:  # timm counts the 7x7 stem's stride of 4
             kwargs["output_stride"] = min(4 * kwargs["output_stride"], 32)
         # of timm's stems only the deep one can be narrower than 64; its convolutions are replaced
         super().__init__(*args, stem_type="deep", stem_width=stem_width // 2, **kwargs)
-        made = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
-        self.conv1 = stem_conv(stem, self.in_chans, stem_width, **made)
+        made: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        size, stride = (3, 1) if stem == "3x3" else (7, 2)
+        self.conv1 = nn.Conv2d(self.in_chans, stem_width, size, stride, size // 2, bias=False, **made)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if stem == "3x3":
             self.maxpool = nn.Identity()
             for index, info in enumerate(self.feature_info):

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,11 +14,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from tamzoo.answers import Engine, schema
+from tamzoo.answers import schema
 from tamzoo.checkpoint import check_output_file, locked, whole_file, write_whole
 from tamzoo.parts import Part, parts_folder
 from tamzoo.shards import MARK, parquet_library
 
+# Where predictions are made: the answer of each part, a table as `schema` says, in any order, each once
+Engine = Callable[[Sequence[Part]], Iterator[tuple[Part, Any]]]
 _PARTS_A_GROUP = 16  # a row group of the finished file
 # what a call leaves in the folder of its parts, half-written under a hidden name too
 _OURS = re.compile(r"\.?(\d{8}\.parquet|merged\.parquet|job\.json|job\.lock)(\..+)?")
@@ -77,7 +79,6 @@ class Summary:
     first_error: str  # empty where there is none
     predicted: int
     seconds: float
-    model_share: float  # of the workers' time, in the model
 
 
 def run_job(job: Job, engine: Engine) -> Summary:
@@ -91,39 +92,36 @@ def run_job(job: Job, engine: Engine) -> Summary:
         ValueError: the output's name does not fit, is taken by another job, or another call is at work on it.
         OSError: it cannot be written; says which rows are kept.
     """
-    began, predicted, model_s = time.perf_counter(), 0, 0.0
+    began, predicted = time.perf_counter(), 0
     if not _is_finished(job):
         with _own_folder(job):
             if not _is_finished(job):  # by another call, before this one had the folder
-                predicted, model_s = _finish(job, engine)
+                predicted = _finish(job, engine)
     with suppress(OSError):  # it is only in the way; what is not ours stays, and the folder with it
         for left in _left_in(job.folder):
             left.unlink()
         job.folder.rmdir()
     errors, first = _errors(job.out)
-    seconds = time.perf_counter() - began
     return Summary(
         rows=job.identity["rows"],
         errors=errors,
         first_error=first,
         predicted=predicted,
-        seconds=seconds,
-        model_share=model_s / (engine.workers * seconds),
+        seconds=time.perf_counter() - began,
     )
 
 
-def _finish(job: Job, engine: Engine) -> tuple[int, float]:
-    """Predicts the parts that are pending and writes the output; how many rows, and seconds in the model."""
-    predicted, model_s = 0, 0.0
-    for part, found in engine(job.pending()):
-        assert len(found.table) == part.n
+def _finish(job: Job, engine: Engine) -> int:
+    """Predicts the parts that are pending and writes the output; how many rows were predicted."""
+    predicted = 0
+    for part, table in engine(job.pending()):
+        assert len(table) == part.n
         with _keeping(job), whole_file(job.file_of(part)) as file:
-            parquet_library().write_table(found.table.replace_schema_metadata(job.metadata), file)
+            parquet_library().write_table(table.replace_schema_metadata(job.metadata), file)
         predicted += part.n
-        model_s += found.model_s
     with _keeping(job):
         _merge(job)
-    return predicted, model_s
+    return predicted
 
 
 def check_output(out: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tamzoo.answers import Answer, answer, joined
+from tamzoo.answers import answer
 from tamzoo.parts import Part, batches_of
 from tamzoo.predict import BATCH, Classifier
 from tamzoo.progress import Counted, Progress, silent
@@ -51,7 +51,7 @@ class OnRay:
         self._progress = progress
         self.workers = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Answer]]:
+    def __call__(self, parts: Sequence[Part]) -> Iterator[tuple[Part, Any]]:
         if not parts:
             return
         import pyarrow as pa
@@ -72,8 +72,7 @@ class OnRay:
         numbered = {part.index: part for part in parts}
         try:
             for row in self._progress(Counted(answers.iter_rows(), len(parts)), "Predicting"):
-                table = pa.ipc.open_stream(row["table"]).read_all()
-                yield numbered[row["index"]], Answer(table=table, model_s=row["model_s"])
+                yield numbered[row["index"]], pa.ipc.open_stream(row["table"]).read_all()
         except self._ray.exceptions.RayError as error:
             told = str(error).strip().splitlines()[-1]  # above it is the worker's traceback
             raise ValueError(f"a worker on Ray failed: {told}") from error
@@ -99,16 +98,15 @@ class _Worker:
 
         (part,) = (Part(**row) for row in block.to_pylist())
         self.given.append(part)
-        answers: list[Answer] = []
+        tables: list[Any] = []
         for batch in self.batches:
-            answers.append(answer(self.classifier, batch.rows, self.top))
+            tables.append(answer(self.classifier, batch.rows, self.top))
             if batch.last:
                 break
-        found = joined(answers)
         stream = io.BytesIO()
-        with pa.ipc.new_stream(stream, found.table.schema) as writer:
-            writer.write_table(found.table)
-        return pa.table({"index": [part.index], "model_s": [found.model_s], "table": [stream.getvalue()]})
+        with pa.ipc.new_stream(stream, tables[0].schema) as writer:
+            writer.write_table(pa.concat_tables(tables))
+        return pa.table({"index": [part.index], "table": [stream.getvalue()]})
 
 
 def _connect(address: str) -> Any:

@@ -60,7 +60,7 @@ def render_card(
         how = f"\n## How it was trained\n\n{training(run)}\n" if run else ""
         claim = _score(run) if run else UNCLAIMED
         return UNTRAINED.substitute(texts, claim=claim, cell=_paper_text(entry) + how)
-    c, h, w = entry.dataset.input_size
+    _, h, w = entry.dataset.input_size
     elsewhere = f'import os\n\nos.environ["TAMZOO_HUB_OWNER"] = "{owner}"  # before tamzoo is imported\n\n'
     theirs = "; the paper's errors are of its best test epoch" if entry.paper else ""
     if entry.paper and entry.attention == "tam" and (entry.paper.params_m or 0) - entry.params / 1e6 > 0.05:
@@ -82,7 +82,6 @@ def render_card(
         trained_on=", then ".join(dataset.title for dataset in datasets),
         model=entry.model,
         tag=entry.dataset.tag,
-        c=c,
         h=h,
         w=w,
         classes=entry.dataset.num_classes,

@@ -9,7 +9,7 @@ from tamzoo.paper import TABLE_1, TABLE_2, PaperCell
 from tamzoo.weights import TRAINED, Trained
 
 OWNER = "tamzoo"  # of the cards in model_cards
-HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER", OWNER)  # of the repositories that are read and written
+HUB_OWNER = os.environ.get("TAMZOO_HUB_OWNER") or OWNER  # of the repositories that are read and written
 ATTENTION_NAMES = ("plain", "se", "cbam", "tam", "scalar")
 
 

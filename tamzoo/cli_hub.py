@@ -31,6 +31,7 @@ def publish(
 ) -> None:
     """Publish entries to the Hugging Face Hub; a second run uploads only what has changed."""
     import os
+    from functools import cache
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
@@ -38,11 +39,11 @@ def publish(
 
     from tamzoo import hub
     from tamzoo.catalogue import HUB_OWNER
-    from tamzoo.data import data_directory
+    from tamzoo.data import data_directory, load_split
     from tamzoo.onnx_export import export_entry
     from tamzoo.publish import collect
     from tamzoo.publish import publish as upload
-    from tamzoo.staging import sampler, stage
+    from tamzoo.staging import stage
 
     entries = [entry for entry in _chosen(names, every) if entry.trained or not every]
     if hub.CARDS is None:
@@ -51,12 +52,14 @@ def publish(
     folder = data_directory(data) if data or os.environ.get("TAMZOO_DATA") else None
     if folder is None:
         print("no --data and no TAMZOO_DATA: the staged weights are not evaluated on a sample")
-    check = sampler(folder, hub.CARDS, bar) if folder else None
+    test_split = cache(lambda dataset: load_split(folder, dataset, "test", bar)) if folder else None
     done = []
     for entry in entries:
         with TemporaryDirectory(prefix="tamzoo-") as there:
             source = hub.CARDS / entry.name
-            staged = stage(entry, source, Path(there), owner=owner, export=export_entry, check=check)
+            staged = stage(
+                entry, source, Path(there), owner=owner, export=export_entry, test_split=test_split
+            )
             published = upload(staged, api, private=private, create_pr=create_pr, dry_run=dry_run)
         done.append(published.repo_id)
         print(published, flush=True)

@@ -65,19 +65,15 @@ def predict(
         raise ValueError("--batch, --column and --ray are for an output file; pass --out FILE.parquet too")
     if out and as_json:
         raise ValueError("--json is of answers that are printed; leave out either it or --out")
-    load = partial(_onnx, onnx, mean, std, labels) if onnx else partial(_torch, model or DEMO_ENTRY, weights)
+    from tamzoo.predict import open_classifier
+
+    load: Load = partial(_torch, model or DEMO_ENTRY, weights)
+    if onnx:
+        load = partial(open_classifier, onnx, mean=mean, std=std, labels=labels)
     if out is None:
         _print_answers(images, load, top, as_json)
     else:
         _run_job(images, out, load, top=top, batch=batch or 64, column=column, ray=ray)
-
-
-def _onnx(
-    path: Path, mean: Triple | None, std: Triple | None, labels: Path | None, threads: int
-) -> Classifier:
-    from tamzoo.predict import open_classifier
-
-    return open_classifier(path, threads, mean, std, labels)
 
 
 def _torch(name: str, weights: Path | None, threads: int) -> Classifier:
@@ -153,7 +149,7 @@ def _run_job(
     if done.predicted:
         print(
             f"{done.predicted} rows in {done.seconds:.1f} s, {done.predicted / done.seconds:.1f} a second, "
-            f"on {engine.workers} workers; {100 * done.model_share:.0f} % of their time in the model"
+            f"on {engine.workers} workers"
         )
     if 0 < done.rows == done.errors:
         raise typer.Exit(1)

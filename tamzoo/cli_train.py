@@ -13,8 +13,8 @@ from tamzoo.terminal import Data, RunBar, bar
 
 if TYPE_CHECKING:
     from tamzoo.distributed import World
-    from tamzoo.findings import SweptRun
     from tamzoo.progress import Voice
+    from tamzoo.records import Record
     from tamzoo.session import Order
     from tamzoo.sweep import Variant
 
@@ -101,7 +101,7 @@ def train(
         train_entries(folders, order, data, time_budget, world, voice)
 
 
-Runs = Annotated[Path, typer.Option("--out", help="Folder of the runs, of sweep.json and of the pictures.")]
+Runs = Annotated[Path, typer.Option("--out", help="Folder of the runs, and of the pictures.")]
 Backbone = Annotated[str, typer.Option("--model", help="Backbone, for instance resnet20.")]
 Tag = Annotated[str, typer.Option(help="Data set.")]
 
@@ -164,8 +164,8 @@ def _sweep(
     data: Path | None,
     out: Path,
     time_budget: float,
-    draw: Callable[[list[SweptRun], Path], None],
-) -> list[SweptRun]:
+    draw: Callable[[list[Record], Path], None],
+) -> list[Record]:
     from tamzoo.plots import check_matplotlib
     from tamzoo.sweep import sweep as sweep_through
 

@@ -29,7 +29,6 @@ def logits_of(
     model: Callable[[Tensor], Tensor],
     split: Split,
     dataset: Dataset,
-    batch_size: int,
     progress: Progress = silent,
 ) -> Tensor:
     """Logits of every image in order, float32 (n, classes), from a model or an opened file.
@@ -39,7 +38,7 @@ def logits_of(
     """
     if isinstance(model, nn.Module) and model.training:
         raise ValueError("evaluation needs a model in eval mode; call model.eval() first")
-    shown = normalised(split, dataset, batch_size, progress, "Evaluating")
+    shown = normalised(split, dataset, 250, progress, "Evaluating")
     return torch.cat([model(images).float() for images, _ in shown])
 
 
@@ -69,9 +68,7 @@ def score_of(logits: Tensor, labels: Tensor, dataset: Dataset, note: str = "") -
     )
 
 
-def evaluate(
-    model: nn.Module, split: Split, dataset: Dataset, batch_size: int = 250, progress: Progress = silent
-) -> Score:
+def evaluate(model: nn.Module, split: Split, dataset: Dataset, progress: Progress = silent) -> Score:
     """Score of a model on a split.
 
     Raises:
@@ -81,4 +78,4 @@ def evaluate(
         raise ValueError(
             f"expected a model of {dataset.num_classes} classes, as {dataset.title} has, got one of {classes}"
         )
-    return score_of(logits_of(model, split, dataset, batch_size, progress), split.labels, dataset, split.note)
+    return score_of(logits_of(model, split, dataset, progress), split.labels, dataset, split.note)

@@ -154,21 +154,3 @@ def read_analysis(path: Path) -> Analysis:
         return Analysis.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected what `tamzoo analyze` writes (JSON), got {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweptRun:
-    """One run of a sweep."""
-
-    group_size: int | None  # None: the entry's own, if any
-    entry: str
-    recipe: str
-    epochs: int
-    seed: int
-    n: int  # test images
-    top1_error: float  # percent, last epoch
-    top5_error: float
-    gates: int
-    single: int  # gates whose tree is one convolution over all channels, where no group divides them further
-    static: int  # gates that GATE_TOLERANCE calls constant on the test images
-    sha256: str  # of the weights file

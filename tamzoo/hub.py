@@ -100,7 +100,7 @@ def _discard(path: Path, entry: Entry) -> str:
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     return (
-        f"{entry.name}: {entry.hub_id} at {entry.trained.revision or 'main'} serves weights with SHA-256 "
+        f"{entry.name}: {entry.hub_id} at {entry.trained.revision} serves weights with SHA-256 "
         f"{found[:12]}..., the catalogue says {wanted[:12]}...; they were deleted from the cache. "
         "Update tamzoo, or fetch from another HF_ENDPOINT"
     )

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,9 @@ class Journal:
 
     Args:
         folder: Made where missing.
+        wanted: The run's `identity`.
         resume: Go on with the run that is there, where there is one.
         hardware: What trains in this session.
-        start: SHA-256 of the weights that the run begins with; None for random ones.
-        images: The training split's `checksum`.
     Raises:
         ValueError: the folder holds another run; or this one, and `resume` is not set; or it is a file.
 
@@ -46,20 +44,7 @@ class Journal:
         commit, hardware, versions: Of all sessions of the run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        entry: str,
-        recipe: Recipe,
-        seed: int,
-        precision: str,
-        resume: bool,
-        hardware: str,
-        model_args: dict[str, Any],
-        start: str | None = None,
-        images: int | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, wanted: dict[str, Any], *, resume: bool, hardware: str) -> None:
         self.folder = folder
         self._lock = FileLock(folder / ".lock")
         self._writer: Any = None
@@ -67,15 +52,6 @@ class Journal:
         if folder.is_file():
             raise ValueError(f"{folder}: expected a folder for the run, found a file; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = identity(
-            entry=entry,
-            recipe=asdict(recipe),
-            seed=seed,
-            precision=precision,
-            model_args=model_args,
-            start=start,
-            images=images,
-        )
         path = folder / "run.json"
         if not path.exists() and ((folder / "record.json").exists() or newest(folder)):
             raise ValueError(f"{folder} holds a run without its run.json; choose another --out")
@@ -83,7 +59,7 @@ class Journal:
         check_same_run(folder, found, wanted)
         if path.exists() and not resume:
             raise ValueError(
-                f"{folder} holds a run of {entry}; pass --resume to go on, or choose another --out"
+                f"{folder} holds a run of {wanted['entry']}; pass --resume to go on, or choose another --out"
             )
         if (folder / "log.csv").exists():
             read_log(folder)  # a damaged one is told before there is any work
@@ -164,19 +140,24 @@ class Journal:
 def identity(
     *,
     entry: str,
-    recipe: dict[str, Any],
+    recipe: Recipe,
     seed: int,
     precision: str,
     model_args: dict[str, Any],
     start: str | None,
     images: int | None = None,
 ) -> dict[str, Any]:
-    """What makes two runs the same, as JSON holds it."""
+    """What makes two runs the same, as JSON holds it.
+
+    Args:
+        start: SHA-256 of the weights that the run begins with; None for random ones.
+        images: The training split's `checksum`.
+    """
     found = {
         "entry": entry,
         "seed": seed,
         "precision": precision,
-        "recipe": recipe,
+        "recipe": asdict(recipe),
         "model_args": model_args,
         "start": start,
         "images": images,
@@ -207,8 +188,6 @@ def _read_run(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise TypeError(f"a {type(found).__name__}, not an object")
-        early = {"model_args": {}, "start": None, "hardware": [], "versions": []}  # had none of these
-        found = early | found
         kinds = {"entry": str, "seed": int, "precision": str, "recipe": dict, **dict.fromkeys(SESSIONS, list)}
         for key, kind in kinds.items():
             if not isinstance(found[key], kind):
@@ -229,8 +208,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         raise ValueError(f"{path}: expected the log of a training run, found nothing")
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            early = {"images_per_s": nan}  # which the first runs did not log
-            rows = [{name: float((early | row)[name]) for name in LOG_FIELDS} for row in csv.DictReader(file)]
+            rows = [{name: float(row[name]) for name in LOG_FIELDS} for row in csv.DictReader(file)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the log of a training run ({error!r})") from error
     return [row | {"epoch": int(row["epoch"])} for row in rows]

@@ -79,12 +79,12 @@ def list_parts(given: Collection[str], out: Path, column: str | None = None) -> 
             pictures.clear()
 
     for path in files_of(given):
-        if _is_output(path, out):
-            continue
         if not is_parquet(path):
             pictures.append(path)
             if len(pictures) == PART_ROWS:
                 close()
+            continue
+        if _is_output(path, out):
             continue
         if (shard := open_shard(path, column)) is None:
             if path in given:
@@ -150,8 +150,6 @@ def is_parquet(path: str) -> bool:
 
 
 def _is_output(path: str, out: Path) -> bool:
-    if not is_parquet(path):
-        return False
     resolved = Path(path).resolve()
     return resolved == out.resolve() or resolved.parent == parts_folder(out).resolve()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tamzoo.findings import Analysis, Spread, SweptRun
+from tamzoo.findings import Analysis, Spread
 from tamzoo.plots import (
     COLOURS,
     GREY,
@@ -22,7 +22,7 @@ from tamzoo.plots import (
     plot_gates,
     save,
 )
-from tamzoo.records import read_record
+from tamzoo.records import Record, read_record
 from tamzoo.spreads import BINS_A_DECADE, MEAN_BINS
 
 FLAT_ROW = -14  # where the decimal logarithm of a variance of at most 1e-12 is drawn
@@ -140,17 +140,17 @@ def plot_straightened(analysis: Analysis, out: Path) -> None:
     save(figure, out)
 
 
-def plot_group_sizes(runs: Sequence[SweptRun], out: Path) -> None:
+def plot_group_sizes(runs: Sequence[Record], out: Path) -> None:
     """Draws the errors against the group size, and those without attention (as the paper's Figure 2)."""
     figure, (upper, lower) = canvas(out, rows=2)
-    sizes = [run for run in runs if run.group_size]
-    groups = [run.group_size for run in sizes]
+    sizes = [run for run in runs if run.model_args]
+    groups = [run.model_args["group_size"] for run in sizes]
     for axes, name, error_of in (
-        (upper, "top-1", attrgetter("top1_error")),
-        (lower, "top-5", attrgetter("top5_error")),
+        (upper, "top-1", attrgetter("score.top1_error")),
+        (lower, "top-5", attrgetter("score.top5_error")),
     ):
         axes.plot(groups, [error_of(run) for run in sizes], "o-", color=COLOURS[5], label="TAM")
-        for plain in (run for run in runs if not run.group_size):
+        for plain in (run for run in runs if not run.model_args):
             axes.axhline(error_of(plain), color=GREY, linestyle="--", label="no attention")
         axes.set(ylabel=f"{name} error (%)", xscale="log")
         axes.margins(y=0.15)
@@ -162,12 +162,12 @@ def plot_group_sizes(runs: Sequence[SweptRun], out: Path) -> None:
     save(figure, out)
 
 
-def plot_seeds(runs: Sequence[SweptRun], out: Path) -> None:
+def plot_seeds(runs: Sequence[Record], out: Path) -> None:
     """Draws the top-1 error of every run over its entry, and a bar at each entry's mean."""
     figure, axes = canvas(out)
     entries = list(dict.fromkeys(run.entry for run in runs))
     for place, entry in enumerate(entries):
-        errors = [run.top1_error for run in runs if run.entry == entry]
+        errors = [run.score.top1_error for run in runs if run.entry == entry]
         axes.plot([place] * len(errors), errors, "o", color=COLOURS[5], alpha=0.6)
         axes.plot(place, mean(errors), "_", color=COLOURS[0], markersize=30)
     axes.set(ylabel="top-1 error (%)", xlim=(-0.5, len(entries) - 0.5))

@@ -99,7 +99,7 @@ def torch_classifier(model: nn.Module) -> Classifier:
     told["labels"] = labels if labels and len(labels) == model.num_classes else None
     weights = hashlib.sha256()
     for name, value in model.state_dict().items():
-        weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        weights.update(name.encode() + value.cpu().numpy().tobytes())
     return Classifier(run=run, sha256=_identity(weights.hexdigest(), told), **told)
 
 

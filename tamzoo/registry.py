@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from tamzoo.attention import ATTENTIONS
 from tamzoo.backbones import BasicBlock, Bottleneck, ResNet
 from tamzoo.catalogue import BACKBONES, ENTRIES, Backbone, Entry
-from tamzoo.checkpoint import check_fit, check_weights_file
+from tamzoo.checkpoint import (
+    check_finite,
+    check_fit,
+    check_weights_file,
+    load_weights,
+    model_arguments,
+    told_entry,
+)
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.hub import fetch_weights
 from tamzoo.paper import PAPER_TITLE
@@ -58,6 +66,37 @@ def find_entry(name: str) -> Entry:
     return ENTRIES[name]
 
 
+def full_name(name: str) -> str:
+    """`architecture.tag` of a model or an entry: where no tag is given, the architecture's default.
+
+    Raises:
+        ValueError: as `find_model`.
+    """
+    name = find_model(name)
+    return name if "." in name else f"{name}.{default_cfgs[name].default_with_tag[0]}"
+
+
+def model_from(weights: Path, name: str, **kwargs: Any) -> nn.Module:
+    """A model in eval mode, as a safetensors file and the record beside it tell it.
+
+    Args:
+        name: `architecture.tag`.
+        kwargs: Those of timm's `create_model`, before what file and record tell.
+    Raises:
+        ValueError: the file is damaged or not finite, or it or its record is of another model.
+    """
+    arguments = model_arguments(weights) | kwargs
+    try:
+        model = timm.create_model(name, **arguments).eval()
+    except TypeError as error:  # another attention takes no group size
+        raise ValueError(f"{weights}: {name} cannot be made with {arguments}: {error}") from error
+    if (told := told_entry(weights) or name) != name:
+        raise ValueError(f"{weights} says that it is of {told}, not of {name}; pass that name with it")
+    load_weights(model, weights, name)
+    check_finite(model.state_dict(), str(weights))
+    return model
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name.lower(), known, n=3)
     return f"; nearest: {', '.join(found)}" if found else ""
@@ -80,14 +119,8 @@ def _pretrained_cfg(model: str, dataset: Dataset) -> dict[str, Any]:
         "paper_name": PAPER_TITLE,
     }
     if entry and entry.trained:
-        cfg["hf_hub_id"] = _hub_source(entry)
+        cfg["hf_hub_id"] = f"{entry.hub_id}@{entry.trained.revision}"
     return cfg
-
-
-def _hub_source(entry: Entry) -> str:
-    """The Hub repository as timm writes it, with the revision after an @."""
-    revision = entry.trained.revision if entry.trained else None
-    return f"{entry.hub_id}@{revision}" if revision else entry.hub_id
 
 
 def _check_source(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None:
@@ -106,8 +139,8 @@ def _check_source(name: str, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None
             f"{name} has no trained weights yet; entries that have: {trained or 'none'}. "
             f"{ways} weights of your own, or pretrained=False for an untrained model"
         )
-    own_source = cfg.file or cfg.state_dict or cfg.source  # the caller's, which timm reads
-    if entry and entry.trained and cfg.hf_hub_id == _hub_source(entry) and not own_source:
+    ours = not (cfg.file or cfg.state_dict or cfg.source)  # which are the caller's, and timm reads them
+    if ours and entry and entry.trained and cfg.hf_hub_id == f"{entry.hub_id}@{entry.trained.revision}":
         path = fetch_weights(entry, kwargs.get("cache_dir"))
         kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "file": str(path)}
     elif cfg.file and cfg.source is None:

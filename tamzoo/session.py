@@ -178,7 +178,7 @@ def _tell_ended(name: str, folder: Path, order: Order, voice: Voice) -> None:
     record = read_record(folder / "record.json")
     wanted = identity(
         entry=name,
-        recipe=asdict(order.recipe_on(ENTRIES[name].dataset.tag)),
+        recipe=order.recipe_on(ENTRIES[name].dataset.tag),
         seed=order.seed,
         precision=order.precision or record.precision,
         model_args=order.model_args,

@@ -5,9 +5,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-Row = tuple[
-    str, Path | bytes | None
-]  # a key; a picture's file, the bytes of one, or None where there is none
+# a key; a picture's file, the bytes of one, or None where there is none
+Row = tuple[str, Path | bytes | None]
 
 MARK = b"tamzoo"  # in the metadata of a parquet file: it holds predictions
 _READ_ROWS = 64  # in memory at once

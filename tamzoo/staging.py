@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import nn
 from tamzoo.cards import card_files, pictures
 from tamzoo.catalogue import HUB_OWNER, Entry
 from tamzoo.checkpoint import WEIGHTS, write_whole
-from tamzoo.data import Split, load_split
+from tamzoo.data import Split
 from tamzoo.datasets import Dataset
 from tamzoo.evaluate import evaluate
 from tamzoo.findings import ANALYSIS
-from tamzoo.progress import Progress, silent
 from tamzoo.records import Score, read_record
 from tamzoo.verify import ONNX, stored_analysis, stored_golden, verify_folder
 
@@ -50,7 +48,7 @@ def stage(
     *,
     owner: str = HUB_OWNER,
     export: Callable[..., Any] | None = None,
-    check: Callable[[nn.Module, Entry], Any] | None = None,
+    test_split: Callable[[Dataset], Split] | None = None,
 ) -> Staged:
     """Lays out and validates what an entry's Hub repository will hold.
 
@@ -58,7 +56,7 @@ def stage(
         source: The entry's folder of model_cards.
         folder: Empty; becomes the repository.
         export: Writes a model as one ONNX file, told `weights_sha256`, and raises where the two do not agree.
-        check: Raises where the staged model is not what its record says, see `check_sample`.
+        test_split: Loads a data set's test split; on a sample of it the staged model must err as recorded.
     Raises:
         ValueError: the entry is not trained, or what is in `source` is not what should be published.
     """
@@ -75,8 +73,8 @@ def stage(
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / path, text)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    if check:
-        check(model, entry)
+    if test_split:
+        check_sample(model, entry, test_split(entry.dataset), record.score)
     if export:
         (folder / ONNX).parent.mkdir()
         export(model, folder / ONNX, weights_sha256=entry.trained.sha256)
@@ -97,23 +95,3 @@ def check_sample(model: nn.Module, entry: Entry, split: Split, score: Score, n: 
             f"{entry.name}: the staged weights err on {found:.1f} % of {len(sample)} test images, "
             f"the record says {expected:.1f} %; evaluate them again"
         )
-
-
-def sampler(data: Path, cards: Path, progress: Progress = silent) -> Callable[[nn.Module, Entry], None]:
-    """A `check` for `stage` that evaluates on a sample; each test split is loaded once.
-
-    Args:
-        data: Holds the data sets, as for `data.load_split`.
-        cards: Holds a folder with a record for every entry.
-    """
-
-    @cache
-    def split(dataset: Dataset) -> Split:
-        return load_split(data, dataset, "test", progress)
-
-    def check(model: nn.Module, entry: Entry) -> None:
-        check_sample(
-            model, entry, split(entry.dataset), read_record(cards / entry.name / "record.json").score
-        )
-
-    return check

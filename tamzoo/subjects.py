@@ -3,27 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from tamzoo.catalogue import ATTENTION_NAMES, Backbone
-from tamzoo.checkpoint import (
-    WEIGHTS,
-    check_finite,
-    load_weights,
-    model_arguments,
-    read_finished,
-    record_beside,
-)
+from tamzoo.checkpoint import WEIGHTS, read_finished, record_beside
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.findings import Curve
 from tamzoo.hub import entry_folder, fetch_weights
 from tamzoo.journal import read_log
-from tamzoo.registry import MODELS, find_entry, find_model
+from tamzoo.registry import MODELS, find_entry, find_model, full_name, model_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +40,9 @@ class Subject:
         """The model in eval mode, channels last.
 
         Raises:
-            ValueError: the weights or the record's model arguments are not of this architecture, or the
-                weights are not finite.
+            ValueError: as `model_from`.
         """
-        arguments: dict[str, Any] = model_arguments(self.weights) | {"num_classes": self.dataset.num_classes}
-        try:
-            model = timm.create_model(self.entry, **arguments).eval()
-        except TypeError as error:
-            raise ValueError(
-                f"{self.weights}: {self.entry} cannot be made with {arguments}: {error}"
-            ) from error
-        load_weights(model, self.weights, self.entry)
-        check_finite(model.state_dict(), str(self.weights))
+        model = model_from(self.weights, self.entry, num_classes=self.dataset.num_classes)
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def curve(self) -> list[Curve]:
@@ -86,11 +67,7 @@ def subject(given: str, weights: Path | None = None) -> Subject:
     if weights is None and folder.is_dir():
         entry = find_model(read_finished(folder).entry)
         return Subject(label=folder.resolve().name, entry=entry, weights=folder / WEIGHTS)
-    name = find_model(given)
-    if "." not in name:
-        cfg = get_pretrained_cfg(name)
-        assert cfg is not None
-        name = f"{name}.{cfg.tag}"
+    name = full_name(given)
     if weights is None:
         weights = fetch_weights(find_entry(name))
     return Subject(label=name, entry=name, weights=weights)

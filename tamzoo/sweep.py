@@ -1,9 +1,8 @@
 """One training run a value of a setting: group sizes (paper, Figure 2), or attentions and seeds."""
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,11 +10,8 @@ from typing import Any
 import timm
 import torch
 
-from tamzoo.attention import GATE_TOLERANCE
 from tamzoo.catalogue import ENTRIES
-from tamzoo.checkpoint import write_whole
 from tamzoo.distributed import World
-from tamzoo.findings import SweptRun
 from tamzoo.gates import gates_of
 from tamzoo.progress import Voice
 from tamzoo.records import Record, read_record
@@ -82,15 +78,15 @@ def sweep(
     time_budget: float,
     world: World,
     voice: Voice,
-) -> list[SweptRun]:
+) -> list[Record]:
     """Trains each variant; ended runs are not repeated, others go on.
 
     Args:
         order: The same for all runs, but for what a variant says.
-        out: Holds the folders of the runs, and `sweep.json`.
+        out: Holds the folders of the runs.
         time_budget: Seconds of wall time, from now.
     Returns:
-        The runs that have ended, in the variants' order.
+        The records of the runs that have ended, in the variants' order.
     Raises:
         ValueError: a group size below 2, or a folder that holds another run.
     """
@@ -98,10 +94,10 @@ def sweep(
     for variant in variants:
         folder, size = out / variant.folder, variant.group_size
         model_args: dict[str, Any] = {"group_size": size} if size else {}
-        with torch.device("meta"):
-            gates = gates_of(timm.create_model(variant.entry, **model_args)).values()
-        single = sum(len(gate.tree) == 1 for gate in gates)
         if size:
+            with torch.device("meta"):
+                gates = gates_of(timm.create_model(variant.entry, **model_args)).values()
+            single = sum(len(gate.tree) == 1 for gate in gates)
             voice.say(
                 f"group size {size}: {single} of {len(gates)} trees are one convolution over all channels"
             )
@@ -110,34 +106,16 @@ def sweep(
         if not train_entries({variant.entry: folder}, ordered, data, left, world, voice):
             break
         if world.first:
-            found.append(_swept(read_record(folder / "record.json"), size, len(gates), single))
-            write_whole(out / "sweep.json", json.dumps([asdict(row) for row in found], indent=2) + "\n")
+            found.append(read_record(folder / "record.json"))
     return found
 
 
-def summary(runs: Sequence[SweptRun]) -> list[str]:
+def summary(runs: Sequence[Record]) -> list[str]:
     """For each entry its runs' mean top-1 error, with the standard deviation of a sample over its seeds."""
     lines = []
     for entry in dict.fromkeys(run.entry for run in runs):
-        errors = [run.top1_error for run in runs if run.entry == entry]
+        errors = [run.score.top1_error for run in runs if run.entry == entry]
         spread = f", standard deviation {stdev(errors):.2f}" if len(errors) > 1 else ""
         each = ", ".join(f"{error:.2f}" for error in errors)
         lines.append(f"{entry}: top-1 error {mean(errors):.2f} %{spread} ({each})")
     return lines
-
-
-def _swept(record: Record, size: int | None, gates: int, single: int) -> SweptRun:
-    return SweptRun(
-        group_size=size,
-        entry=record.entry,
-        recipe=record.recipe["name"],
-        epochs=record.epochs,
-        seed=record.seed,
-        n=record.score.n,
-        top1_error=record.score.top1_error,
-        top5_error=record.score.top5_error,
-        gates=gates,
-        single=single,
-        static=sum(gate.width <= GATE_TOLERANCE for gate in record.gates),
-        sha256=record.sha256,
-    )

@@ -134,24 +134,12 @@ def load_model(name: str, weights: Path | None = None) -> tuple[nn.Module, str, 
     """A model in eval mode with weights, its full name, and its data set's row."""
     import timm
 
-    from tamzoo.checkpoint import check_finite, load_weights, model_arguments, told_entry
     from tamzoo.datasets import DATASETS
-    from tamzoo.registry import find_model
+    from tamzoo.registry import full_name, model_from
 
-    name = find_model(name)
-    arguments = {} if weights is None else model_arguments(weights)
-    try:
-        model = timm.create_model(name, pretrained=weights is None, **arguments).eval()
-    except TypeError as error:  # another attention takes no group size
-        raise ValueError(f"{weights}: {name} cannot be made with {arguments}: {error}") from error
-    cfg: dict[str, Any] = model.pretrained_cfg  # pyright: ignore
-    full = f"{cfg['architecture']}.{cfg['tag']}"
-    if weights is not None:
-        if (told := told_entry(weights) or full) != full:
-            raise ValueError(f"{weights} says that it is of {told}, not of {full}; pass that name with it")
-        load_weights(model, weights, full)
-        check_finite(model.state_dict(), str(weights))
-    return model, full, DATASETS[cfg["tag"]]
+    full = full_name(name)
+    model = model_from(weights, full) if weights else timm.create_model(full, pretrained=True).eval()
+    return model, full, DATASETS[full.partition(".")[2]]
 
 
 def device_called(name: str) -> torch.device:

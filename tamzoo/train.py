@@ -22,7 +22,7 @@ from tamzoo.clock import Clock
 from tamzoo.data import Split
 from tamzoo.distributed import World
 from tamzoo.evaluate import evaluate
-from tamzoo.journal import LOG_FIELDS, Journal, hardware
+from tamzoo.journal import LOG_FIELDS, Journal, hardware, identity
 from tamzoo.learner import Compiled, Learner, seed_of
 from tamzoo.progress import Moment, Watch, unwatched
 from tamzoo.recipes import Recipe
@@ -126,15 +126,17 @@ class Run:
         if self.world.first:
             self.journal = Journal(
                 out,
-                entry=entry.name,
-                recipe=recipe,
-                seed=seed,
-                precision=precision,
+                identity(
+                    entry=entry.name,
+                    recipe=recipe,
+                    seed=seed,
+                    precision=precision,
+                    model_args=self.model_args,
+                    start=self.start.sha256 if self.start else None,
+                    images=train.checksum(),
+                ),
                 resume=resume,
                 hardware=hardware(self.device, self.world.size),
-                model_args=self.model_args,
-                start=self.start.sha256 if self.start else None,
-                images=train.checksum(),
             )
         self._losses = torch.zeros(self.steps_per_epoch, device=self.device)  # of this epoch, by step
         # read without waiting for the device: it shows a loss of some steps before

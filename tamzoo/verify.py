@@ -162,7 +162,7 @@ def verify_remote(
     try:
         folder = Path(api.snapshot_download(repo_id, cache_dir=cache_dir))
         listed = listing(api, repo_id)[1]
-        at_revision = listing(api, repo_id, revision)[1] if revision else listed
+        at_revision = listing(api, repo_id, revision)[1]
     except HUB_ERRORS as error:
         return [explain(error, repo_id, revision, api.endpoint)]
     problems = [

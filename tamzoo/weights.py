@@ -14,7 +14,7 @@ class Trained:
 
     sha256: str  # of model.safetensors
     recipe: str
-    revision: str | None = None  # of the Hub repository: the tag under which it is published; None: its head
+    revision: str = TAG  # of the Hub repository: the tag under which it is published
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES or len(self.sha256) != 64:
@@ -45,7 +45,7 @@ _SHA256 = {  # of model.safetensors, by recipe
     },
 }
 TRAINED = {  # entry -> its weights
-    name: Trained(sha256=sha256, recipe=recipe, revision=TAG)
+    name: Trained(sha256=sha256, recipe=recipe)
     for recipe, files in _SHA256.items()
     for name, sha256 in files.items()
 }

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 import yaml
 
@@ -172,22 +172,6 @@ class Routes:
             raise
         return json_answer({"url": f"{self.url}/{repo}", "name": repo, "id": repo})
 
-    def delete_repo(self, request: Request) -> Answer:
-        sent = request.json
-        repo = f"{sent.get('organization') or (request.user or {}).get('name')}/{sent['name']}"
-        self.check_write(request, repo)
-        self.store.delete(repo)
-        return Answer()
-
-    def settings(self, request: Request, repo: str) -> Answer:
-        self.check_write(request, repo)
-        sent = request.json
-        changes = {"gated": sent["gated"]} if "gated" in sent else {}
-        if "visibility" in sent or "private" in sent:  # huggingface_hub 2.x or 1.x
-            changes["private"] = sent.get("visibility") == "private" or bool(sent.get("private"))
-        self.store.change(repo, **changes)
-        return json_answer(changes)
-
     def info(self, request: Request, repo: str, revision: str = "main") -> Answer:
         state = self.check_read(request, repo)
         oid = self.store.resolve(repo, revision)
@@ -244,14 +228,6 @@ class Routes:
         entries += [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders]
         return json_answer(sorted(entries, key=lambda entry: entry["path"]))
 
-    def paths_info(self, request: Request, repo: str, revision: str) -> Answer:
-        self.check_read(request, repo)
-        sent = parse_qs(request.body.decode())
-        files = self.store.files(repo, revision)
-        return json_answer(
-            [self._entry(path, files[path]) for path in sent.get("paths", []) if path in files]
-        )
-
     def refs(self, request: Request, repo: str) -> Answer:
         state = self.check_read(request, repo)
 
@@ -262,38 +238,11 @@ class Routes:
                 if ref.startswith(prefix)
             ]
 
-        told = {"branches": rows("refs/heads/"), "tags": rows("refs/tags/"), "converts": []}
-        if request.query.get("include_prs", ["0"])[0] == "1":
-            told["pullRequests"] = rows("refs/pr/")
-        return json_answer(told)
-
-    def commits(self, request: Request, repo: str, revision: str) -> Answer:
-        self.check_read(request, repo)
-        rows = [
-            {"id": oid, "title": commit["title"], "message": "", "date": commit["date"], "authors": []}
-            for oid, commit in self.store.history(repo, revision)
-        ]
-        return json_answer(rows)
+        return json_answer({"branches": rows("refs/heads/"), "tags": rows("refs/tags/"), "converts": []})
 
     def tag(self, request: Request, repo: str, name: str) -> Answer:
         self.check_write(request, repo)
-        if request.method == "DELETE":
-            self.store.set_ref(repo, f"refs/tags/{name}", None)
-        else:
-            self.store.set_ref(repo, f"refs/tags/{request.json['tag']}", self.store.resolve(repo, name))
-        return Answer()
-
-    def branch(self, request: Request, repo: str, name: str) -> Answer:
-        self.check_write(request, repo)
-        start = request.json.get("startingPoint", "main")
-        oid = None if request.method == "DELETE" else self.store.resolve(repo, start)
-        self.store.set_ref(repo, f"refs/heads/{name}", oid)
-        return Answer()
-
-    def auth_check(self, request: Request, repo: str, write: str = "") -> Answer:
-        self.check_read(request, repo, content=True)
-        if write:
-            self.check_write(request, repo)
+        self.store.set_ref(repo, f"refs/tags/{request.json['tag']}", self.store.resolve(repo, name))
         return Answer()
 
     def preupload(self, request: Request, repo: str, revision: str) -> Answer:
@@ -316,7 +265,7 @@ class Routes:
     def commit(self, request: Request, repo: str, revision: str) -> Answer:
         self.check_read(request, repo)
         to_pull_request = "create_pr" in request.query
-        user = self.check_write(request, repo, to_pull_request)
+        self.check_write(request, repo, to_pull_request)
         header: dict[str, Any] = {}
         added: dict[str, bytes | str] = {}
         deleted: list[str] = []
@@ -338,7 +287,7 @@ class Routes:
             added,
             deleted,
             header.get("parentCommit"),
-            user["name"] if to_pull_request else None,
+            to_pull_request,
         )
         told = {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}"}
         if number:
@@ -397,33 +346,10 @@ class Routes:
         headers = headers | {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
         return Answer(206, content[first : last + 1], headers)
 
-    def discussions(self, request: Request, repo: str) -> Answer:
-        state = self.check_read(request, repo)
-        told = {"name": repo, "type": "model"}
-        if request.method == "GET":
-            rows = [row | {"repo": told} for row in state["discussions"]]
-            return json_answer({"discussions": rows, "count": len(rows), "start": 0})
-        user = self.check_write(request, repo, pull_request=True)
-        sent = request.json
-        return json_answer(
-            {"num": self.store.open_discussion(repo, sent["title"], user["name"], sent["pullRequest"])}
-        )
-
-    def discussion(self, request: Request, repo: str, number: str) -> Answer:
-        rows = self.check_read(request, repo)["discussions"]
-        if int(number) > len(rows):
-            raise Refused(404, f"no discussion {number}")
-        row = rows[int(number) - 1]
-        told = {"repo": {"name": repo, "type": "model"}, "events": [], "filesWithConflicts": []}
-        return json_answer(row | told | {"changes": {"base": "refs/heads/main"}, "diff": ""})
-
     def merge(self, request: Request, repo: str, number: str) -> Answer:
         self.check_write(request, repo)
         head = self.store.resolve(repo, f"refs/pr/{number}")
         self.store.set_ref(repo, "refs/heads/main", head, replace=True)
-        state = self.store.load(repo)
-        state["discussions"][int(number) - 1]["status"] = "merged"
-        self.store.save(repo, state)
         return json_answer({})
 
     def collections(self, request: Request) -> Answer:
@@ -462,18 +388,15 @@ class Routes:
             row = next((row for row in rows if row["slug"] == slug), None)
             if row is None:
                 raise Refused(404, f"no collection {slug}")
-            if request.method != "GET":
+            if items:
                 self.check_write(request, slug)
-            if request.method == "DELETE":
-                rows.remove(row)
-            elif request.method == "POST" and items:
                 item = request.json["item"]
                 self.check_read(request, item["id"])
                 if any(old["id"] == item["id"] for old in row["items"]):
                     raise Refused(409, "Item already in collection")
                 number = len(row["items"])
                 row["items"].append({"_id": f"{number:024d}", **item, "position": number})
-            self.store.save_collections(rows)
+                self.store.save_collections(rows)
             return json_answer(row)
 
 
@@ -485,24 +408,16 @@ ROUTES = [
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create_repo"),
-        ("DELETE", r"/api/repos/delete", "delete_repo"),
         ("GET POST", r"/api/collections", "collections"),
-        ("GET DELETE", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection"),
+        ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection"),
         ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/(?P<items>items)", "collection"),
         ("GET", _API, "info"),
         ("GET", rf"{_API}/revision/(?P<revision>[^/]+)", "info"),
         ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "tree"),
-        ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("GET", rf"{_API}/refs", "refs"),
-        ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "commits"),
-        ("POST DELETE", rf"{_API}/tag/(?P<name>[^/]+)", "tag"),
-        ("POST DELETE", rf"{_API}/branch/(?P<name>[^/]+)", "branch"),
-        ("GET", rf"{_API}/auth-check(/(?P<write>write))?", "auth_check"),
-        ("PUT", rf"{_API}/settings", "settings"),
+        ("POST", rf"{_API}/tag/(?P<name>[^/]+)", "tag"),
         ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
-        ("GET POST", rf"{_API}/discussions", "discussions"),
-        ("GET", rf"{_API}/discussions/(?P<number>\d+)", "discussion"),
         ("POST", rf"{_API}/discussions/(?P<number>\d+)/merge", "merge"),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/cdn/(?P<sha256>[0-9a-f]{64})", "lfs_put"),

@@ -95,7 +95,7 @@ class Hub(Routes):
 
     def writes(self) -> list[tuple[str, str]]:
         """Requests that changed something, since the log was last cleared."""
-        reading = re.compile(r"/(validate-yaml|preupload/|paths-info/)")
+        reading = re.compile(r"/(validate-yaml|preupload/)")
         return [
             (method, path)
             for method, path, status in self.log

@@ -1,7 +1,7 @@
 """What a Hub keeps, as files in a folder: repositories, commits, blobs, refs and collections.
 
     blobs/SHA256                    contents, regular and LFS alike
-    repos/OWNER/NAME/repo.json      {private, gated, refs, discussions}
+    repos/OWNER/NAME/repo.json      {private, gated, refs}
     repos/OWNER/NAME/commits/OID    {parent, title, date, files: {path: file}}
     collections.json
 
@@ -102,7 +102,7 @@ class Store:
                 ".gitattributes": self._file(ATTRIBUTES.encode(), self.add_blob(ATTRIBUTES.encode()), False)
             }
             oid = self._add_commit(repo, None, "initial commit", files)
-            state = {"private": private, "gated": False, "refs": {"refs/heads/main": oid}, "discussions": []}
+            state = {"private": private, "gated": False, "refs": {"refs/heads/main": oid}}
             self.save(repo, state)
 
     def load(self, repo: str) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class Store:
         added: dict[str, bytes | str],
         deleted: list[str] | None = None,
         parent: str | None = None,
-        pull_request: str | None = None,
+        pull_request: bool = False,
     ) -> tuple[str, int | None]:
         """One commit, whole or not at all.
 
@@ -174,7 +174,7 @@ class Store:
             added: Path to content, or to the sha256 of a blob that is here already (LFS).
             deleted: Paths; a folder ends with a slash.
             parent: What the writer believes to be the head.
-            pull_request: Author, where the commit goes to a new pull request.
+            pull_request: The commit goes to a new one.
         Returns:
             The commit's oid and the pull request's number.
         """
@@ -204,7 +204,7 @@ class Store:
             state = self.load(repo)
             number = None
             if pull_request:
-                number = self._open(state, title, pull_request, True)
+                number = 1 + sum(name.startswith("refs/pr/") for name in state["refs"])
                 state["refs"][f"refs/pr/{number}"] = oid
             else:
                 name = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
@@ -228,30 +228,7 @@ class Store:
                 state["refs"][name] = oid
             self.save(repo, state)
 
-    # Discussions and collections
-
-    def _open(self, state: dict[str, Any], title: str, author: str, pull_request: bool) -> int:
-        number = len(state["discussions"]) + 1
-        state["discussions"].append(
-            {
-                "num": number,
-                "title": title,
-                "author": {"name": author},
-                "isPullRequest": pull_request,
-                "status": "open",
-                "createdAt": now(),
-            }
-        )
-        return number
-
-    def open_discussion(self, repo: str, title: str, author: str, pull_request: bool) -> int:
-        with self.lock:
-            state = self.load(repo)
-            number = self._open(state, title, author, pull_request)
-            if pull_request:
-                state["refs"][f"refs/pr/{number}"] = state["refs"]["refs/heads/main"]
-            self.save(repo, state)
-            return number
+    # Collections
 
     def collections(self) -> list[dict[str, Any]]:
         path = self.folder / "collections.json"

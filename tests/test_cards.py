@@ -283,7 +283,7 @@ def test_every_snippet_of_a_trained_card_runs(name, tmp_path, monkeypatch, capsy
         monkeypatch.setitem(
             timm.models._registry._model_pretrained_cfgs,
             entry.name,
-            replace(cfg, hf_hub_id=entry.hub_id),  # pyright: ignore
+            replace(cfg, hf_hub_id=f"{entry.hub_id}@{entry.trained.revision}"),  # pyright: ignore
         )
         folder = tmp_path / "cards" / entry.name
     else:

@@ -1,10 +1,11 @@
 import re
+import runpy
 
 import pytest
 import timm
 import torch
 
-import tamzoo  # noqa: F401
+from tamzoo import catalogue
 from tamzoo.catalogue import BACKBONES, ENTRIES, Backbone, Entry
 from tamzoo.datasets import DATASETS, Dataset
 from tamzoo.recipes import RECIPES
@@ -14,6 +15,12 @@ def test_both_tables_are_whole():
     tables = [entry.paper.table for entry in ENTRIES.values() if entry.paper]
     assert tables.count(1) == 5 * 4 * 2
     assert tables.count(2) == 4 * 3
+
+
+@pytest.mark.parametrize(("value", "owner"), [("me", "me"), ("", "tamzoo")])
+def test_an_empty_owner_counts_as_unset(value, owner, monkeypatch):
+    monkeypatch.setenv("TAMZOO_HUB_OWNER", value)
+    assert runpy.run_path(catalogue.__file__)["HUB_OWNER"] == owner
 
 
 def test_data_on_the_hub_are_pinned_to_a_commit():

@@ -127,7 +127,7 @@ def test_logits_that_are_no_numbers_are_no_answer(tmp_path):
     paths = [tmp_path / "red.png", tmp_path / "blue.png"]
     with pytest.raises(ValueError, match=r"blue.png: the model's logits for it hold NaN or infinity"):
         predict(classifier, paths)
-    rows = answer(classifier, [(path.name, path) for path in paths]).table.to_pylist()
+    rows = answer(classifier, [(path.name, path) for path in paths]).to_pylist()
     assert rows[0]["label"] == "red" and rows[0]["error"] is None
     assert rows[1]["label"] is rows[1]["top"] is None and "blue.png: the model's logits" in rows[1]["error"]
 

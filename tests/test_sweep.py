@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +12,9 @@ import torch
 
 from tamzoo.checkpoint import sha256_of
 from tamzoo.distributed import World
-from tamzoo.findings import SweptRun
 from tamzoo.gates import gates_of
 from tamzoo.progress import Voice
-from tamzoo.records import read_record
+from tamzoo.records import Record, read_record
 from tamzoo.session import Order
 from tamzoo.subjects import subject
 from tamzoo.sweep import GROUP_SIZES, attentions, group_sizes, summary
@@ -49,25 +48,24 @@ def sweep(trained_through):
     return run
 
 
+def static(record: Record) -> int:
+    return sum(gate.max - gate.min <= 1e-4 for gate in record.gates)
+
+
 def test_every_run_has_its_group_size_and_says_it(sweep, tmp_path):
     found, said = sweep(32, 2)
-    assert [row.group_size for row in found] == [2, 32, None]
-    for row in found[:2]:
-        folder = tmp_path / "out" / f"group_size_{row.group_size}"
-        for name in ("run.json", "record.json"):
-            assert json.loads((folder / name).read_text())["model_args"] == {"group_size": row.group_size}
-        record = read_record(folder / "record.json")
-        score, widths = record.score, [gate.max - gate.min for gate in record.gates]
-        assert (row.top1_error, row.top5_error, row.n) == (score.top1_error, score.top5_error, 20)
-        assert row.static == sum(width <= 1e-4 for width in widths)
-        assert row.sha256 == sha256_of(folder / "model.safetensors")
+    assert [record.model_args for record in found] == [{"group_size": 2}, {"group_size": 32}, {}]
+    for record in found[:2]:
+        size = record.model_args["group_size"]
+        folder = tmp_path / "out" / f"group_size_{size}"
+        assert json.loads((folder / "run.json").read_text())["model_args"] == {"group_size": size}
+        assert record == read_record(folder / "record.json") and record.score.n == 20
+        assert record.sha256 == sha256_of(folder / "model.safetensors")
         gates = gates_of(subject(str(folder)).load()).values()
-        assert {gate.group_size for gate in gates} == {row.group_size}
-    stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [SweptRun(**row) for row in stored] == found
-    assert 0 < found[0].static < 9 and found[1].static == 0
+        assert {gate.group_size for gate in gates} == {size}
+    assert 0 < static(found[0]) < 9 and static(found[1]) == 0
+    assert "group size 2: 0 of 9 trees are one convolution over all channels" in said
     # 32 exceeds the first stage's 16 channels, equals the second's 32 and halves the third's 64
-    assert (found[1].gates, found[1].single, found[0].single) == (9, 6, 0)
     assert "group size 32: 6 of 9 trees are one convolution over all channels" in said
 
 
@@ -77,20 +75,20 @@ def test_runs_that_ended_are_not_repeated_and_others_go_on(sweep, tmp_path):
     before = weights.stat().st_mtime_ns
     assert sweep(2, 4, budget=0.0)[0] == []  # no time even to look
     found, said = sweep(2, 4)
-    assert [row.group_size for row in found] == [2, 4, None] and weights.stat().st_mtime_ns == before
+    assert [record.model_args for record in found] == [{"group_size": 2}, {"group_size": 4}, {}]
+    assert weights.stat().st_mtime_ns == before
     assert any(line.startswith(f"{NAME}: done") for line in said)
 
 
 def test_the_network_without_attention_is_trained_alike(sweep, tmp_path):
     found, _ = sweep(64, name="wrn10_4_tam.cifar10")
-    assert [(row.group_size, row.entry, row.gates) for row in found] == [
-        (64, "wrn10_4_tam.cifar10", 3),
-        (None, "wrn10_4_plain.cifar10", 0),
+    assert [(record.model_args, record.entry, len(record.gates)) for record in found] == [
+        ({"group_size": 64}, "wrn10_4_tam.cifar10", 3),
+        ({}, "wrn10_4_plain.cifar10", 0),
     ]
-    records = [read_record(tmp_path / "out" / name / "record.json") for name in ("group_size_64", "plain")]
-    assert records[0].recipe == records[1].recipe and records[1].model_args == {}
-    stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [SweptRun(**row) for row in stored] == found
+    names = ("group_size_64", "plain")
+    assert found == [read_record(tmp_path / "out" / name / "record.json") for name in names]
+    assert found[0].recipe == found[1].recipe
 
 
 def test_every_attention_is_trained_with_every_seed(trained_through, tmp_path):
@@ -102,17 +100,18 @@ def test_every_attention_is_trained_with_every_seed(trained_through, tmp_path):
         ("resnet20_plain.cifar10", 1),
     ]
     found = trained_through(variants, ORDER)
-    assert len({row.sha256 for row in found}) == 4
-    for variant, row in zip(variants, found, strict=True):
-        record = read_record(tmp_path / "out" / variant.folder / "record.json")
-        assert (record.entry, record.seed, record.sha256) == (row.entry, row.seed, row.sha256)
-        assert (row.entry, row.seed) == (variant.entry, variant.seed)
-        assert row.group_size is None and record.model_args == {}
-    assert [row.gates for row in found] == [9, 0, 9, 0] and found[0].static > 0
-    one = replace(found[0], top1_error=10.0)
-    assert summary([one, found[1], replace(one, top1_error=11.0), replace(one, top1_error=13.0)]) == [
+    assert len({record.sha256 for record in found}) == 4
+    for variant, record in zip(variants, found, strict=True):
+        assert record == read_record(tmp_path / "out" / variant.folder / "record.json")
+        assert (record.entry, record.seed, record.model_args) == (variant.entry, variant.seed, {})
+    assert [len(record.gates) for record in found] == [9, 0, 9, 0] and static(found[0]) > 0
+    erring = [
+        replace(found[0], score=replace(found[0].score, top1_error=error)) for error in (10.0, 11.0, 13.0)
+    ]
+    plain = found[1].score.top1_error
+    assert summary([erring[0], found[1], *erring[1:]]) == [
         "resnet20_tam.cifar10: top-1 error 11.33 %, standard deviation 1.53 (10.00, 11.00, 13.00)",
-        f"resnet20_plain.cifar10: top-1 error {found[1].top1_error:.2f} % ({found[1].top1_error:.2f})",
+        f"resnet20_plain.cifar10: top-1 error {plain:.2f} % ({plain:.2f})",
     ]
 
 
@@ -184,11 +183,9 @@ def test_the_command_draws_error_against_group_size(command, tmp_path):
 def test_the_command_tells_and_draws_errors_over_seeds(command, tmp_path):
     code, output = command("attention", "--seeds", "2")
     assert code == 0, output
-    rows = [SweptRun(**row) for row in json.loads((tmp_path / "out" / "sweep.json").read_text())]
-    assert [row.entry for row in rows] == [
-        f"resnet20_{name}.cifar10" for name in ("plain", "scalar", "tam")
-    ] * 2
-    assert output.splitlines()[-3:] == summary(rows)
+    names = [f"resnet20_{name}.cifar10-seed-{seed}" for name in ("plain", "scalar", "tam") for seed in (0, 1)]
+    records = [read_record(tmp_path / "out" / name / "record.json") for name in names]
+    assert output.splitlines()[-3:] == summary(records)
     assert drawn(tmp_path / "out")
     assert command("attention", "--seeds", "1")[0] == 2
 
@@ -196,15 +193,11 @@ def test_the_command_tells_and_draws_errors_over_seeds(command, tmp_path):
 EXPORT = Path(__file__).parent.parent / "export"
 
 
-def stored(folder: str, name_of: Callable[[SweptRun], str]) -> list[SweptRun]:
-    """A sweep's rows in a folder of export, once its records are seen to say the same."""
-    rows = [SweptRun(**row) for row in json.loads((EXPORT / folder / "sweep.json").read_text())]
-    for row in rows:
-        record = read_record(EXPORT / folder / name_of(row) / "record.json")
-        assert (row.entry, row.seed, row.sha256) == (record.entry, record.seed, record.sha256)
-        assert row.top1_error == record.score.top1_error
-        assert row.static == sum(gate.width <= 1e-4 for gate in record.gates)
-    return rows
+def shipped(folder: str, names: Iterable[str]) -> list[Record]:
+    """Records of a sweep that export holds, and no others."""
+    records = [read_record(EXPORT / folder / name / "record.json") for name in names]
+    assert len(records) == len(list((EXPORT / folder).glob("*/record.json")))
+    return records
 
 
 def tells(*cells: object) -> bool:
@@ -212,26 +205,24 @@ def tells(*cells: object) -> bool:
 
 
 def test_what_export_tells_of_group_sizes_is_what_the_records_hold():
-    rows = stored(
-        "group_size_runs", lambda row: f"group_size_{row.group_size}" if row.group_size else "plain"
-    )
-    assert [row.group_size for row in rows] == [*GROUP_SIZES, None]
-    for row in rows:
-        gates = f"{row.static} of {row.gates}" if row.group_size else "no gates"
-        errors = f"{row.top1_error:.2f} %", f"{row.top5_error:.2f} %"
-        assert tells(row.group_size or "no attention", *errors, gates)
+    names = [*(f"group_size_{size}" for size in GROUP_SIZES), "plain"]
+    for size, record in zip([*GROUP_SIZES, None], shipped("group_size_runs", names), strict=True):
+        assert record.model_args == ({"group_size": size} if size else {})
+        gates = f"{static(record)} of {len(record.gates)}" if size else "no gates"
+        errors = f"{record.score.top1_error:.2f} %", f"{record.score.top5_error:.2f} %"
+        assert tells(size or "no attention", *errors, gates)
 
 
 def test_what_export_tells_of_seeds_is_what_the_records_hold():
-    rows = stored("seed_runs", lambda row: f"{row.entry}-seed-{row.seed}")
-    entries = ["resnet20_plain.cifar10", "resnet20_scalar.cifar10", "resnet20_tam.cifar10"]
-    assert [(row.entry, row.seed) for row in rows] == [
-        (entry, seed) for seed in range(3) for entry in entries
+    variants = attentions("resnet20", ["plain", "scalar", "tam"], "cifar10", 3)
+    records = shipped("seed_runs", (variant.folder for variant in variants))
+    assert [(record.entry, record.seed) for record in records] == [
+        (variant.entry, variant.seed) for variant in variants
     ]
-    for entry in entries:
-        mine = [row for row in rows if row.entry == entry]
-        errors = np.array([row.top1_error for row in mine])
+    for entry in dict.fromkeys(record.entry for record in records):
+        mine = [record for record in records if record.entry == entry]
+        errors = np.array([record.score.top1_error for record in mine])
         each = ", ".join(f"{error:.2f}" for error in errors)
-        gates = ", ".join(f"{row.static} of {row.gates}" for row in mine if row.gates)
+        gates = ", ".join(f"{static(record)} of {len(record.gates)}" for record in mine if record.gates)
         spread = f"{errors.mean():.2f} %", f"{errors.std(ddof=1):.2f}"
         assert tells(f"`{entry}`", f"{each} %", *spread, gates or "no gates")
