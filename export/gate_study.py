@@ -3,7 +3,7 @@
 `python -m export.gate_study run --data DIR --out DIR` trains small runs and measures every gate before and
 after each epoch; `python -m export.gate_study show DIR` prints the tables of export/README.md from what it
 wrote. A run that is in DIR already is not repeated. `python -m export.gate_study untrained --data DIR` counts
-the gates that stand still before any training.
+the gates that stand still before any training; with `--live --slope 0.25` as the runs of `LIVE` begin.
 """
 
 import argparse

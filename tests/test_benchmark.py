@@ -3,8 +3,10 @@
 import argparse
 import csv
 import re
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from tamzoo.records import Timing
 from tamzoo.terminal import one_sentence
 from tamzoo.tree import climb
 from tests.tiny_runs import random_split
+
+EXPORT = Path(__file__).parent.parent / "export"
 
 
 @pytest.fixture
@@ -206,6 +210,20 @@ def test_the_table_has_a_row_a_program():
         "|---|---|---|---|---|",
         "| plain | 2.00 ms | 1.00 (1.00 to 1.00) | 2.00 ms | 1.00 (1.00 to 1.00) |",
     ]
+
+
+def test_what_export_tells_of_live_trees_is_what_the_runs_hold():
+    rows, errors, folded, static = list(gate_study.rows_of(EXPORT / "live_tree_runs")), [], [], []
+    for setting in gate_study.LIVE:
+        last = [row for row in rows if (row["setting"], row["epoch"]) == (setting.name, "10")]
+        errors.append(float(last[0]["error"]))
+        folded.append(f"{float(last[0]['error_folded']):.2f}")
+        static.append(f"{sum(float(row['width']) <= 1e-4 for row in last)} of {len(last)}")
+        assert min(float(row["width"]) for row in last if row["gate"] > "layer3.1") > 0.88
+    each = ", ".join(f"{error:.2f}" for error in errors)
+    spread = f"{statistics.mean(errors):.2f} % | {statistics.stdev(errors):.2f}"
+    told = f"| live trees | {each} % | {spread} | {', '.join(static)} | {', '.join(folded)} % |"
+    assert told in (EXPORT / "README.md").read_text()
 
 
 def test_live_trees_vary_at_every_node():
