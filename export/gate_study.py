@@ -65,10 +65,11 @@ SETTINGS = (
     Setting(model="resnet18", weight_decay=5e-4, slope=0.0),
 )
 
-# As those of export/seed_runs, but for the trees' beginning.
+# As those above, and as those of export/seed_runs, but for the trees' beginning.
 LIVE = tuple(
-    Setting(model="resnet20", weight_decay=SHORT_CPU.weight_decay, slope=0.25, live=True, seed=seed)
-    for seed in range(3)
+    Setting(model=model, weight_decay=5e-4, slope=0.25, live=True, seed=seed)
+    for model, seeds in (("resnet18", 1), ("wrn10_4", 1), ("resnet20", 3))
+    for seed in range(seeds)
 )
 
 UNTRAINED = (("resnet50", 2), ("resnext50_32x4d", 2), *(("resnet18", size) for size in GROUP_SIZES))

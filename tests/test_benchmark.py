@@ -214,7 +214,7 @@ def test_the_table_has_a_row_a_program():
 
 def test_what_export_tells_of_live_trees_is_what_the_runs_hold():
     rows, errors, folded, static = list(gate_study.rows_of(EXPORT / "live_tree_runs")), [], [], []
-    for setting in gate_study.LIVE:
+    for setting in (setting for setting in gate_study.LIVE if setting.model == "resnet20"):
         last = [row for row in rows if (row["setting"], row["epoch"]) == (setting.name, "10")]
         errors.append(float(last[0]["error"]))
         folded.append(f"{float(last[0]['error_folded']):.2f}")
