@@ -226,6 +226,23 @@ def test_what_export_tells_of_live_trees_is_what_the_runs_hold():
     assert told in (EXPORT / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("model", "title"), [("resnet18", "ResNet-18"), ("wrn10_4", "WRN-10-4")])
+@pytest.mark.parametrize(
+    ("folder", "start", "called"),
+    [("live_tree_runs", "live-seed0", "live"), ("gate_study_runs", "slope0", "the paper's")],
+)
+def test_what_export_tells_of_wide_live_trees_is_what_the_runs_hold(model, title, folder, start, called):
+    name = f"{model}-wd0.0005-{start}"
+    rows = [row for row in gate_study.rows_of(EXPORT / folder) if row["setting"] == name]
+    last = [row for row in rows if row["epoch"] == "6"]
+    widths = [float(row["width"]) for row in last]
+    static = f"{sum(width <= 1e-4 for width in widths)} of {len(widths)}"
+    ends = f"{min(widths):.2f}, {max(widths):.2f}"
+    errors = f"{float(last[0]['error']):.2f} %, {float(last[0]['error_folded']):.2f} %"
+    told = f"| {title} | {called} | {static} | {ends} | {errors} |"
+    assert told in (EXPORT / "README.md").read_text()
+
+
 def test_live_trees_vary_at_every_node():
     torch.manual_seed(0)
     first, second = TAM(512), TAM(512)
